@@ -1,0 +1,100 @@
+"""What every script shares: flags from a dataclass, one line for a user's mistake, rows with their origin."""
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from download import checkpoint_folder
+from model import Transformer, attention_backend
+from sdtp import Schedule, load_heads, write_atomic
+
+
+def comments(config_class):
+    """{field: the comment beside its default}: the flag's help is written once, where the field is."""
+    lines = inspect.getsource(config_class).splitlines()
+    return {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines if ":" in line and "  # " in line}
+
+
+def parse(config_class, doc, argv=None):
+    """The dataclass, filled from the command line: one flag per field, its default and type from the field."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    helps = comments(config_class)
+    for field in fields(config_class):
+        note = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=note)
+        else:
+            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=note, metavar="")
+    config = config_class(**vars(parser.parse_args(argv)))
+    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
+    return config
+
+
+def run(main):
+    """Call main; a user's mistake ends in one line and exit status 1 (SDTP_TRACEBACK=1 shows where it arose)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SDTP_TRACEBACK"):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+
+
+def load_model(config):
+    """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device != "cpu" and not (config.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {config.device}: choose auto or cpu, or cuda where there is a CUDA device")
+    dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if config.dtype not in dtypes:
+        raise ValueError(f"--dtype {config.dtype}: choose {', '.join(dtypes)}")
+    folder = checkpoint_folder(config.ckpt)
+    model = Transformer.from_pretrained(folder, dtypes[config.dtype], config.device)
+    dtype = model.norm.weight.dtype
+    name, reason = attention_backend(config.device, dtype)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {count / 1e6:.0f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
+    return model, folder
+
+
+def origin():
+    """Where a figure comes from: commit, command, versions, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "commit": commit,
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": f"python {platform.python_version()}, torch {version('torch')}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
+    }
+
+
+def write_rows(path, rows, **more):
+    """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
+    if path:
+        write_atomic(path, (json.dumps([{**row, **more, **origin()} for row in rows], indent=1) + "\n").encode())
+
+
+def heads_and_schedule(config, model, needed=True):
+    """(heads or None, Schedule) of a script's --heads and --ratio; --ratio keeps the stages and changes the shares."""
+    folder = Path(config.heads or Path("heads") / Path(config.ckpt).name)
+    heads, schedule = None, None
+    if config.heads or needed:
+        heads, schedule, _ = load_heads(folder, model)
+    if config.ratio:
+        layers = schedule or Schedule(len(model.layers))
+        schedule = Schedule(len(model.layers), {layer: config.ratio ** (s + 1) for s, layer in enumerate(layers)})
+    return heads, schedule or Schedule(len(model.layers))

@@ -1,0 +1,99 @@
+"""Prompts to train and to measure on: windows of plain text, and rows in Dolly's fields.
+
+Every source gives Examples, a prompt (which is pruned) and a response (which is scored), split
+into a training part and a held-out part that no run trains on.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+from download import dolly_file
+
+HELD_OUT = 0.1  # share of every source
+
+
+class Example(NamedTuple):
+    prompt: list  # token ids
+    response: list  # token ids
+
+
+def read_text(path):
+    """The text of a UTF-8 file; FileNotFoundError or ValueError names it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path!s} does not exist" if str(path) else "no file given")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
+    """(training Examples, held-out Examples) of pydoc, dolly, FILE.jsonl or FILE.txt.
+
+    prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
+    response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
+    """
+    if source == "dolly" or source.endswith(".jsonl"):
+        path = dolly_file() if source == "dolly" else source
+        return tuple(row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path)))
+    if source != "pydoc" and not source.endswith(".txt"):
+        raise ValueError(f"--data {source}: choose pydoc, dolly, FILE.jsonl or FILE.txt")
+    # Python's own manual, on every machine: sorted, as its order differs between versions
+    text = "\n".join(topics[name] for name in sorted(topics)) if source == "pydoc" else read_text(source)
+    cut = int(len(text) * (1 - HELD_OUT))
+    return tuple(text_windows(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
+
+
+def text_windows(text, tokenizer, prompt_len, score_len):
+    """Consecutive windows of prompt_len + score_len tokens, each with the tokenizer's own prefix (BOS or none)."""
+    prefix, ids = tokenizer.encode(""), tokenizer.encode(text, add_special_tokens=False)
+    fresh = prompt_len - len(prefix)
+    starts = range(0, len(ids) - fresh - score_len + 1, fresh + score_len)
+    return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len]) for s in starts]
+
+
+def read_rows(path):
+    """The rows of a jsonl file in Dolly's fields; ValueError names the line."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in ("instruction", "context", "response")):
+            raise ValueError(f"{path}, line {number}: the text fields instruction, context and response are needed")
+        rows.append(row)
+    return rows
+
+
+def split_rows(rows):
+    """(training, held-out): by a hash of the row, in the hash's order, so that a file's order does not matter."""
+
+    def digest(row):
+        return hashlib.sha256(json.dumps([row[f] for f in ("instruction", "context", "response")]).encode()).hexdigest()
+
+    keyed = sorted(((digest(row), row) for row in rows), key=lambda pair: pair[0])
+    limit = HELD_OUT * 16**8
+    return [r for h, r in keyed if int(h[:8], 16) >= limit], [r for h, r in keyed if int(h[:8], 16) < limit]
+
+
+def row_examples(rows, tokenizer, score_len, min_prompt, max_prompt):
+    """Rows with a context as Examples: context before instruction, in the chat template where there is one."""
+    examples = []
+    for row in rows:
+        if not row["context"].strip():
+            continue  # nothing in such a prompt can be spared
+        text = f"{row['context'].strip()}\n\n{row['instruction'].strip()}"
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        else:
+            text += "\n\n"
+        prompt, response = tokenizer.encode(text), tokenizer.encode(row["response"].strip(), add_special_tokens=False)
+        if min_prompt <= len(prompt) <= max_prompt and response:
+            examples.append(Example(prompt, response[:score_len]))
+    return examples

@@ -1,0 +1,466 @@
+"""A Llama-family decoder, whole in one file: Llama 1/2/3.x, Mistral, Qwen2, Gemma 1.
+
+Tokens are rows. A prompt is x: (T, hidden_size) with positions: (T,); several prompts of
+different lengths are the same two tensors, longer, with seqlens = [T_0, T_1, ...]. There is no
+padding, and no mask unless a sliding window needs one. Parameter names are Hugging Face's.
+
+    model = Transformer.from_pretrained("checkpoints/smollm2-135m-q4")
+    logits = model(torch.tensor(ids))  # (T, vocab_size)
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+# ---------------------------------------------------------------------------- config
+
+# What Hugging Face's config classes assume where config.json is silent.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": {},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+}
+REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+ROPE_SCALINGS = {  # rope type -> the fields it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@dataclass
+class Config:
+    """The fields of a Hugging Face config.json that shape the computation."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    num_key_value_heads: int = None  # None: as many as num_attention_heads
+    head_dim: int = None  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of q, k, v and o; Qwen2 has it on q, k, v only, always
+    mlp_bias: bool = False
+    sliding_window: int = None
+    layer_types: list = None  # per layer, "full_attention" or "sliding_attention"
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Config from the dict of a config.json; ValueError names what this code cannot run."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+        raw = {**FAMILIES[family], **{k: v for k, v in raw.items() if v is not None or k == "sliding_window"}}
+        for name in ("quantization_config", "use_bidirectional_attention"):
+            if raw.get(name):
+                raise ValueError(f"{name} is not supported")
+        wrong = [name for name in REQUIRED if not isinstance(raw.get(name), int) or raw[name] < 1]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: a positive whole number is needed")
+        # Today's hub checkpoints: rope_theta + rope_scaling. transformers 5: rope_parameters, both in one.
+        rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        raw["rope_scaling"] = rope
+        if raw.get("hidden_activation"):  # Gemma's first configs spell it so
+            raw["hidden_act"] = raw["hidden_activation"]
+        if family == "gemma" and raw["hidden_act"] == "gelu":
+            raw["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's "gelu" always meant (transformers #29402)
+        if family == "qwen2" and not raw.get("use_sliding_window", False):
+            raw["sliding_window"] = None
+        if family == "qwen2" and "layer_types" not in raw:
+            full = raw.get("max_window_layers", 28)
+            raw["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(raw["num_hidden_layers"])]
+        if family in ("llama", "gemma"):
+            raw["sliding_window"] = None
+        if family != "qwen2" and "layer_types" in raw:
+            raise ValueError(f"layer_types is not supported for model_type {family!r}")
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.layer_types = self.layer_types or ["sliding_attention"] * self.num_hidden_layers
+        self.rope_scaling = dict(self.rope_scaling or {})
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
+        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
+        if unknown or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types {sorted(unknown) or len(self.layer_types)} is not supported")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window {self.sliding_window} is not supported")
+        inverse_frequencies(self)  # refuses an unknown rope scaling now, not after the weights are read
+
+    def window(self, layer):
+        """Sliding window of a layer in positions, or None."""
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+
+# ---------------------------------------------------------------------------- rotary positions
+
+
+def inverse_frequencies(config):
+    """RoPE frequencies (head_dim / 2,) in radians per position; float32, on the CPU.
+
+    Scalings: none, linear (Chen et al. 2023), llama3 (as in Meta's Llama 3.1 code: wavelengths
+    longer than the old context are stretched by factor, short ones kept, a ramp between them).
+    """
+    scaling = config.rope_scaling
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_SCALINGS:
+        raise ValueError(f"rope_scaling type {kind!r} is not supported (supported: {', '.join(ROPE_SCALINGS)})")
+    needed, known = ROPE_SCALINGS[kind], ("rope_type", "type", "original_max_position_embeddings")
+    odd = [name for name in needed if name not in scaling] + [name for name in scaling if name not in needed + known]
+    if odd:
+        raise ValueError(f"rope_scaling type {kind!r}: {odd[0]} is " + ("missing" if odd[0] in needed else "not supported"))
+    # device given: from_pretrained builds the modules on the meta device, and this tensor is in no file
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        old = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = old * frequencies / (2 * math.pi)  # in the old context
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (ramp + (1 - ramp) / scaling["factor"])
+    return frequencies
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding; one instance, shared by all layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, inverse_frequencies(config)).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (P, D)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x, positions):
+        """x: (T, H, D) turned by positions: (T,)."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # (T, 1, D)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def visible(positions, k_positions, window=None):
+    """Causal (and windowed) mask by original positions, (T, K) bool: 0 <= pos_i - pos_j < window."""
+    distance = positions[:, None] - k_positions[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attention_weights(q, k, positions, k_positions, window=None):
+    """q: (T, Hq, D), k: (K, Hkv, D) of one sequence -> softmax weights (Hq, T, K), float32 or wider."""
+    T, K = len(q), len(k)
+    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, G * T, D): the heads of a group share keys
+    scores = (q @ k.permute(1, 2, 0)).unflatten(1, (-1, T)).flatten(0, 1) * k.shape[-1] ** -0.5  # (Hq, T, K)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.masked_fill(~visible(positions, k_positions, window), -torch.inf).softmax(-1)
+
+
+def attention_backend(device, dtype):
+    """Which kernel attend() runs on, and why; (name, reason)."""
+    if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", "FlashAttention needs CUDA and 16-bit"
+    return ("sdpa", "flash-attn is not installed") if flash_attn_varlen_func is None else ("flash_attn", "installed")
+
+
+def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+    """Causal attention of packed sequences, each by itself.
+
+    q: (T, Hq, D); k, v: (K, Hkv, D); positions: (T,), k_positions: (K,) original positions,
+    ascending within a sequence; seqlens, k_seqlens: rows of each sequence. The queries are the
+    last tokens of their sequence. Returns (T, Hq, D).
+    """
+    # A kernel's own window counts rows, not positions: right only while no token is missing.
+    if window is None and attention_backend(q.device, q.dtype)[0] == "flash_attn":
+        cu, k_cu = (F.pad(torch.tensor(n, device=q.device).cumsum(0), (1, 0)).int() for n in (seqlens, k_seqlens))
+        return flash_attn_varlen_func(q, k, v, cu, k_cu, max(seqlens), max(k_seqlens), causal=True)
+    rows = zip(q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens), positions.split(seqlens), k_positions.split(k_seqlens))
+    out = [sdpa(*row, window) for row in rows]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def sdpa(q, k, v, positions, k_positions, window=None, block=1024):
+    """attend() for one sequence by scaled_dot_product_attention; no mask where none is needed."""
+    T, K = len(q), len(k)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # (1, H, T, D)
+
+    def run(rows, keys, **mask):
+        return F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], enable_gqa=True, **mask)
+
+    everything = slice(None)
+    if window is not None and positions[-1] - k_positions[0] >= window:
+        # Row i sees a contiguous range of keys, as positions ascend; blocks of rows share one slice and a mask.
+        blocks = []
+        for start in range(0, T, block):
+            rows = slice(start, min(start + block, T))
+            low = torch.searchsorted(k_positions, positions[rows.start] - window + 1)
+            high = torch.searchsorted(k_positions, positions[rows.stop - 1], right=True)
+            keys = slice(int(low), int(high))
+            blocks.append(run(rows, keys, attn_mask=visible(positions[rows], k_positions[keys], window)))
+        out = torch.cat(blocks, dim=2)
+    elif T == K:
+        out = run(everything, everything, is_causal=True)
+    elif T == 1:
+        out = run(everything, everything)
+    else:  # several rows over a longer cache: is_causal would align the triangle top-left
+        out = run(everything, everything, attn_mask=visible(positions, k_positions))
+    return out.squeeze(0).transpose(0, 1)
+
+
+class LayerCache:
+    """Keys and values of the tokens alive at one layer: a length and a buffer per sequence."""
+
+    def __init__(self, extra=0):
+        self.extra, self.seqlens, self.buffers = extra, [], []  # buffers: per sequence (k, v, positions)
+
+    def append(self, k, v, positions, seqlens):
+        """Store new rows; returns k, v, positions, seqlens of all rows so far, packed."""
+        first = not self.buffers
+        if first:
+            self.seqlens = [0] * len(seqlens)
+            self.buffers = [[t.new_empty(n + self.extra, *t.shape[1:]) for t in (k, v, positions)] for n in seqlens]
+        new = zip(*(t.split(seqlens) for t in (k, v, positions)))
+        for i, (tensors, n) in enumerate(zip(new, seqlens)):
+            old, self.seqlens[i] = self.seqlens[i], self.seqlens[i] + n
+            for j, tensor in enumerate(tensors):
+                if self.seqlens[i] > len(self.buffers[i][j]):
+                    self.buffers[i][j] = torch.cat((self.buffers[i][j][:old], torch.empty_like(tensor)))
+                self.buffers[i][j][old : old + n] = tensor
+        return (k, v, positions, seqlens) if first else (*self.rows(), self.seqlens)
+
+    def rows(self):
+        """k: (K, Hkv, D), v and positions: (K,) of all sequences, packed; views for a single one."""
+        parts = [[t[:n] for t in buffers] for buffers, n in zip(self.buffers, self.seqlens)]
+        return [p[0] if len(p) == 1 else torch.cat(p) for p in zip(*parts)]
+
+
+class KVCache:
+    """One LayerCache per layer, allocated for what is alive there plus `extra` tokens to come."""
+
+    def __init__(self, num_hidden_layers, extra=0):
+        self.layers = [LayerCache(extra) for _ in range(num_hidden_layers)]
+
+    def __getitem__(self, layer):
+        return self.layers[layer]
+
+    def seqlens(self):
+        """Tokens held, [layer][sequence]."""
+        return [list(layer.seqlens) for layer in self.layers]
+
+    def nbytes(self):
+        """Bytes allocated for keys and values."""
+        return sum(t.untyped_storage().nbytes() for c in self.layers for b in c.buffers for t in b[:2])
+
+
+# ---------------------------------------------------------------------------- the transformer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps, self.gemma = config.rms_norm_eps, config.model_type == "gemma"
+
+    def forward(self, x):
+        x32 = x.float() if x.dtype != torch.float64 else x
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.gemma:  # stores weight - 1, and rounds after the product where Llama rounds before it
+            return (x32 * (1 + self.weight.to(x32.dtype))).to(x.dtype)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer, rope):
+        super().__init__()
+        self.head_dim, self.window, self.rope = config.head_dim, config.window(layer), rope
+        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def qkv(self, x, positions):
+        """x: (T, hidden_size), normed -> q: (T, Hq, D), k and v: (T, Hkv, D); q and k rotated."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def forward(self, x, positions, seqlens, cache=None, attend=attend):
+        q, k, v = self.qkv(x, positions)
+        k_positions, k_seqlens = positions, seqlens
+        if cache is not None:
+            k, v, k_positions, k_seqlens = cache.append(k, v, positions, seqlens)
+        return self.o_proj(attend(q, k, v, positions, k_positions, seqlens, k_seqlens, self.window).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer, rope):
+        super().__init__()
+        self.self_attn = Attention(config, layer, rope)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
+
+    def forward(self, x, positions, seqlens, cache=None, attend=attend):
+        """x: (T, hidden_size) -> (T, hidden_size); cache: this layer's LayerCache; attend: see attend()."""
+        x = x + self.self_attn(self.input_layernorm(x), positions, seqlens, cache, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder, frozen: no parameter takes gradients."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        rope = RoPE(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, rope) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.requires_grad_(False).eval()
+
+    def embed(self, ids):
+        """ids: (T,) int -> x: (T, hidden_size)."""
+        x = self.embed_tokens(ids)
+        if self.config.model_type == "gemma":
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to x's dtype, as trained
+        return x
+
+    def logits(self, x):
+        """x: (rows, hidden_size), the last block's output -> (rows, vocab_size). Give it only the rows you use."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.norm(x), head.weight)
+
+    def forward(self, ids, positions=None, seqlens=None, cache=None, attend=attend):
+        """ids: (T,) token ids of one or more packed sequences -> logits (T, vocab_size).
+
+        positions: (T,), default 0, 1, ... within each sequence; seqlens: rows per sequence, default
+        one sequence; cache: a KVCache whose tokens come before these (then give positions).
+        ValueError for a sequence longer than max_position_embeddings.
+        """
+        seqlens = [len(ids)] if seqlens is None else seqlens
+        positions = self.positions(seqlens) if positions is None else positions
+        x = self.embed(ids)
+        for layer, block in enumerate(self.layers):
+            x = block(x, positions, seqlens, None if cache is None else cache[layer], attend)
+        return self.logits(x)
+
+    def positions(self, seqlens):
+        """0, 1, ... within each sequence, (T,). ValueError for one longer than max_position_embeddings."""
+        limit = self.config.max_position_embeddings
+        if max(seqlens) > limit:
+            raise ValueError(f"a prompt of {max(seqlens)} tokens is beyond the model's {limit} positions (max_position_embeddings)")
+        return torch.cat([torch.arange(n, device=self.embed_tokens.weight.device) for n in seqlens])
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype="auto", device="cpu"):
+        """Read a Hugging Face folder: config.json and model.safetensors, or shards with their index.
+
+        dtype: a torch.dtype or "auto" (see auto_dtype). ValueError or FileNotFoundError names the file,
+        field or tensor that is missing, unexpected, misshaped, unreadable or not supported.
+        """
+        folder, dtype = Path(folder), auto_dtype(device) if dtype == "auto" else dtype
+        raw = read_json(folder / "config.json")
+        try:
+            config = Config.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        expected, state = model.state_dict(), {}
+        for path, name, tensor in read_tensors(folder):
+            key = name.removeprefix("model.")
+            if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("rotary_emb.inv_freq"):
+                continue  # written by some exporters beside the tensor they repeat, or follow from the config
+            if key not in expected:
+                raise ValueError(f"{path}: unexpected tensor {name}")
+            if tensor.shape != expected[key].shape:
+                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(expected[key].shape)}")
+            state[key] = tensor.to(device, dtype)
+        missing = sorted(expected.keys() - state.keys())
+        if missing:
+            raise ValueError(f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False).to(device, dtype)
+
+
+# ---------------------------------------------------------------------------- reading a folder
+
+
+def auto_dtype(device):
+    """bfloat16 on CUDA and on CPUs with native bf16 products, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if torch.device(device).type == "cuda" or native else torch.float32
+
+
+def read_json(path):
+    """The JSON object in a file; FileNotFoundError or ValueError in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist" + ("" if path.parent.is_dir() else f" (no folder {path.parent})"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_tensors(folder):
+    """Yields (file, name, tensor) of a checkpoint folder, one tensor in memory at a time."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        outside = [n for n in names if Path(n).name != n]
+        if outside or not names:
+            raise ValueError(f"{index}: weight_map " + (f"leaves the folder: {outside[0]}" if outside else "is empty"))
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    yield path, key, file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download it again") from None

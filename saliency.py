@@ -1,0 +1,168 @@
+"""The teacher: how much each prompt token matters at each layer, from one dense forward and one backward.
+
+    python saliency.py --prompt_file README.md      # heat map and sparsity curve (paper figures 1 and 2)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import attention_weights
+
+TEACHERS = ("grad_x_input", "grad_norm", "attention_entropy")
+
+
+def scored_rows(seqlens, starts):
+    """Rows whose next token is scored: those that predict token starts[i] and all later ones of sequence i.
+
+    Rows index the packed sequences; the target of row r is ids[r + 1]. Returns (R,) int64.
+    """
+    ends = torch.tensor(seqlens).cumsum(0).tolist()
+    return torch.cat([torch.arange(e - n + s - 1, e - 1) for e, n, s in zip(ends, seqlens, starts)])
+
+
+def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None):
+    """Saliency of every token at the input of each layer: {layer: (T,) float32, at least 0}.
+
+    ids: (T,) one or more packed sequences of a prompt and a response; seqlens: tokens of each;
+    prompt_lens: prompt tokens of each, to score the response only, or None to score all next tokens.
+    The loss T is the sum of cross-entropies in nats (a factor per sequence does not change a ranking).
+
+    grad_x_input       |sum_d dT/dx_d * x_d|       paper eq. 3, with the absolute value
+    grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
+    attention_entropy  1 - mean over heads of H_i / log(visible tokens of i), H_i the entropy of token
+                       i's attention at that layer: a token that looks somewhere in particular matters.
+                       A token that sees only itself has entropy 0. Needs no loss.
+    ValueError for an unknown teacher.
+    """
+    if teacher not in TEACHERS:
+        raise ValueError(f"unknown teacher {teacher!r} (known: {', '.join(TEACHERS)})")
+    seqlens = [len(ids)] if seqlens is None else seqlens
+    if teacher == "attention_entropy":
+        return entropy_labels(model, ids, layers, seqlens)
+    with torch.enable_grad():
+        states, last = hidden_states(model, ids, layers, seqlens)
+        rows = scored_rows(seqlens, [1] * len(seqlens) if prompt_lens is None else prompt_lens)
+        loss = F.cross_entropy(model.logits(last[rows]).float(), ids[rows + 1], reduction="sum")
+        gradients = torch.autograd.grad(loss, list(states.values()))
+    wide = torch.float64 if last.dtype == torch.float64 else torch.float32
+    labels = {}
+    for (layer, x), gradient in zip(states.items(), gradients):
+        x, gradient = x.detach().to(wide), gradient.to(wide)
+        labels[layer] = gradient.norm(dim=-1) if teacher == "grad_norm" else (gradient * x).sum(-1).abs()
+    return labels
+
+
+def hidden_states(model, ids, layers, seqlens):
+    """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block).
+
+    The graph starts at the first of the layers: no gradient is needed before it, nor of any parameter.
+    """
+    x, positions, states = model.embed(ids), model.positions(seqlens), {}
+    for layer, block in enumerate(model.layers):
+        if layer in layers:
+            states[layer] = x = x if states else x.detach().requires_grad_()
+        x = block(x, positions, seqlens)
+    return states, x
+
+
+@torch.no_grad()
+def entropy_labels(model, ids, layers, seqlens, block=256):
+    """attention_entropy of label(), by blocks of query rows: never a whole T x T map."""
+    states, _ = hidden_states(model, ids, layers, seqlens)
+    positions, labels = model.positions(seqlens), {}
+    for layer, x in states.items():
+        attention, parts = model.layers[layer].self_attn, []
+        q, k, _ = attention.qkv(model.layers[layer].input_layernorm(x), positions)
+        for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
+            for rows in torch.arange(len(p)).split(block):
+                weights = attention_weights(q[rows], k, p[rows], p, attention.window)  # (Hq, rows, K)
+                seen = (p[rows] + 1).clamp(max=attention.window)  # visible tokens
+                entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
+                parts.append(1 - entropy)
+        labels[layer] = torch.cat(parts)
+    return labels
+
+
+# ---------------------------------------------------------------------------- figures 1 and 2
+
+
+@dataclass
+class SaliencyConfig:
+    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    prompt: str = ""  # the text to label
+    prompt_file: str = ""  # or a file that holds it
+    max_tokens: int = 512  # tokens of it that are read
+    teacher: str = "grad_x_input"  # grad_x_input, grad_norm or attention_entropy
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    out_dir: str = "out/saliency"  # where the figures go
+    json: str = ""  # file for the share of salient tokens per layer
+
+
+def sparsity(labels, threshold=0.1):
+    """Share of tokens whose saliency exceeds threshold x the layer's maximum (paper figure 2), per layer."""
+    return [(s > threshold * s.max()).float().mean().item() for s in labels.values()]
+
+
+def draw_heat_map(labels, texts, path, width=48):
+    """Paper figure 1: layers x tokens, each layer over its maximum; the text wraps every `width` tokens."""
+    import matplotlib.pyplot as plt
+
+    saliency = torch.stack([s / s.max() for s in labels.values()])  # (L, T)
+    panels = range(0, len(texts), width)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(16, 0.9 + len(panels) * (1.2 + 0.13 * len(labels))), squeeze=False)
+    for axis, start in zip(axes[:, 0], panels):
+        part = saliency[:, start : start + width]
+        image = axis.imshow(part.sqrt(), aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0, part.shape[1], len(labels), 0))
+        axis.set_xlim(0, width)
+        shown = [t.replace("$", r"\$").replace("\n", "\\n")[:14] for t in texts[start : start + width]]
+        axis.set_xticks([i + 0.5 for i in range(len(shown))], shown, rotation=90, fontsize=7)
+        axis.set_yticks([0.5 + i for i in range(0, len(labels), 4)], list(labels)[::4], fontsize=7)
+        axis.set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="square root of saliency / layer's maximum", shrink=0.5)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_sparsity(labels, path, threshold=0.1):
+    """Paper figure 2: the share of salient tokens against depth."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    axis.plot(list(labels), sparsity(labels, threshold), marker=".")
+    axis.set(xlabel="layer", ylabel=f"share of tokens above {threshold:.0%} of the maximum", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main():
+    import cli
+    from data import read_text
+    from tokenizer import Tokenizer
+
+    config = cli.parse(SaliencyConfig, __doc__)
+    model, folder = cli.load_model(config)
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode(config.prompt or read_text(config.prompt_file))[: config.max_tokens]
+    if len(ids) < 2:
+        raise ValueError("nothing to label: give --prompt or --prompt_file with at least two tokens")
+    labels = label(model, torch.tensor(ids, device=config.device), range(len(model.layers)), config.teacher)
+    out = Path(config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_heat_map(labels, tokenizer.token_texts(ids), out / "heat_map.png")
+    draw_sparsity(labels, out / "sparsity.png")
+    rows = [{"layer": layer, "share": share} for layer, share in zip(labels, sparsity(labels))]
+    for row in rows:
+        print(f"layer {row['layer']:3d} | {row['share']:6.1%} of {len(ids)} tokens above 10 % of the maximum")
+    print(f"figures in {out}/")
+    cli.write_rows(config.json, rows)
+
+
+if __name__ == "__main__":
+    import cli
+
+    cli.run(main)

@@ -1,0 +1,248 @@
+"""Saliency-driven Dynamic Token Pruning (Tao et al. 2025, arXiv 2504.04514): the method.
+
+While a frozen LLM reads a prompt, tiny heads score the tokens at a few layers, the lowest are
+dropped, and every later layer runs on fewer tokens. `prefill` below is the whole of it.
+
+    heads, schedule, _ = load_heads("heads/smollm2-135m-q4", model)
+    logits, cache = prefill(model, torch.tensor(ids), heads, schedule)
+    cache.seqlens()  # tokens alive, per layer
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+
+from model import KVCache, read_json
+
+FIRST_TOKENS, LAST_SHARE = 4, 0.1  # always kept: the first 4 tokens and the last 10 % of the prompt
+
+
+# ---------------------------------------------------------------------------- how many, and which
+
+
+def keep_count(n, share, protected=0):
+    """Tokens kept of a prompt of n: n * share rounded half up, at least `protected`, at least 1."""
+    return min(n, max(protected, math.floor(n * share + 0.5), 1))
+
+
+def protected_count(n):
+    """How many tokens of a prompt of n are always kept."""
+    return min(n, FIRST_TOKENS + keep_count(n, LAST_SHARE))
+
+
+def is_protected(positions, n):
+    """(T,) bool: which positions of a prompt of n tokens are always kept."""
+    return (positions < FIRST_TOKENS) | (positions >= n - keep_count(n, LAST_SHARE))
+
+
+class Schedule(dict):
+    """{layer: share of the prompt alive from that layer on}; a stage at layer l scores the input of block l.
+
+    Schedule(30) has the paper's stages, as many as fit: layers 4, 7, 10, ... (at most 10), where after
+    stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. ValueError
+    names a layer outside the model or a share outside [0, 1] or above the one before.
+    """
+
+    def __init__(self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9):
+        if shares is None:
+            layers = range(first_layer, num_hidden_layers, step)[:stages]
+            shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
+        super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
+        self.num_hidden_layers = num_hidden_layers
+        if not self:
+            raise ValueError(f"the schedule has no stage: first layer {first_layer} in a model of {num_hidden_layers} layers")
+        previous = 1.0
+        for layer, share in self.items():
+            if not 0 <= layer < num_hidden_layers:
+                raise ValueError(f"the schedule has a stage at layer {layer}, the model has layers 0 to {num_hidden_layers - 1}")
+            if not 0 <= share <= previous:
+                raise ValueError(f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before")
+            previous = share
+
+    def alive(self, n):
+        """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
+        counts, count = [], n
+        for layer in range(self.num_hidden_layers):
+            if layer in self:
+                count = keep_count(n, self[layer], protected_count(n))
+            counts.append(count)
+        return counts
+
+
+def select(scores, positions, share, seqlens, prompt_lens):
+    """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
+
+    scores: (T,) float32; positions: (T,); seqlens: rows alive per sequence; prompt_lens: prompt tokens
+    per sequence, dropped ones included. Returns ((K,) ascending row indices, rows kept per sequence).
+    """
+    keep, kept, start = [], [], 0
+    for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
+        protected = is_protected(positions[start : start + length], n)
+        count = min(length, keep_count(n, share, protected_count(n)))
+        # reversed before a stable sort: of equal scores the later token comes first
+        order = rows.masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
+        keep.append(start + length - 1 - order[:count].sort(descending=True).values)
+        kept.append(count)
+        start += length
+    return torch.cat(keep), kept
+
+
+# ---------------------------------------------------------------------------- the heads
+
+
+class PruneHead(nn.Module):
+    """Scores tokens by their hidden state: Linear(d/4 -> 2)(GELU(Linear(d -> d/4)(x))), paper eq. 1."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, hidden_size // 4)
+        self.fc2 = nn.Linear(hidden_size // 4, 2)
+
+    def logits(self, x):
+        """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop."""
+        hidden = F.linear(x, self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype))  # the large product, in the model's dtype
+        return self.fc2(F.gelu(hidden).float())
+
+    def forward(self, x, positions=None, seqlens=None, block=None):
+        """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32."""
+        keep, drop = self.logits(x).unbind(-1)
+        return keep - drop
+
+
+def fingerprint(model):
+    """A checkpoint's identity, whatever dtype it was loaded in: SHA-256 over a sample of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 1024) | 1].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{list(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomic(path, data):
+    """Write bytes so that a reader, or a crash, sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_heads(folder, heads, model, schedule, **info):
+    """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
+    tensors = {f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()}
+    write_atomic(Path(folder) / "heads.safetensors", safetensors.torch.save(tensors))
+    meta = {"fingerprint": fingerprint(model), "schedule": {str(layer): share for layer, share in schedule.items()}, **info}
+    write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
+
+
+def load_heads(folder, model):
+    """Returns ({layer: PruneHead}, Schedule, dict of heads.json), on the model's device.
+
+    FileNotFoundError for a missing file; ValueError for a damaged one or heads of another checkpoint.
+    """
+    folder, device = Path(folder), model.norm.weight.device
+    meta = read_json(folder / "heads.json")
+    if meta.get("fingerprint") != fingerprint(model):
+        raise ValueError(f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py")
+    schedule = Schedule(len(model.layers), meta["schedule"])
+    heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
+    path = folder / "heads.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        tensors = safetensors.torch.load_file(path)
+        for layer, head in heads.items():
+            head.load_state_dict({name: tensors.pop(f"{layer}.{name}") for name in head.state_dict()})
+            head.to(device)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or does not fit heads.json: {' '.join(str(error).split())}") from None
+    return heads, schedule, meta
+
+
+# ---------------------------------------------------------------------------- prefill and generate
+
+
+@torch.no_grad()
+def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
+    """Read prompts, dropping tokens on the way.
+
+    ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
+    scorers: {layer: head or any callable of a head's call}; schedule: {layer: share}, None or {} for
+    dense; cache: an empty KVCache to fill. Returns (logits of each prompt's last token (B, vocab_size), cache).
+    RuntimeError when the tokens alive at a layer are not those that the schedule asks for.
+    """
+    seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
+    schedule = schedule or {}
+    cache = KVCache(len(model.layers)) if cache is None else cache
+    x, positions = model.embed(ids), model.positions(seqlens)
+    for layer, block in enumerate(model.layers):
+        if layer in schedule:
+            scores = scorers[layer](x, positions, seqlens, block)
+            keep, seqlens = select(scores, positions, schedule[layer], seqlens, prompt_lens)
+            x, positions = x[keep], positions[keep]
+        x = block(x, positions, seqlens, cache[layer])
+    check_alive(cache, schedule, prompt_lens)
+    return model.logits(x[torch.tensor(seqlens).cumsum(0) - 1]), cache
+
+
+def check_alive(cache, schedule, prompt_lens):
+    """The guard against a silent no-op: RuntimeError unless the cache holds what the schedule asks for."""
+    wanted = [schedule.alive(n) if schedule else [n] * len(cache.layers) for n in prompt_lens]
+    for layer, (held, asked) in enumerate(zip(cache.seqlens(), zip(*wanted))):
+        if held != list(asked):
+            raise RuntimeError(f"layer {layer} holds {held} tokens where the schedule asks for {list(asked)}: pruning was not applied")
+
+
+def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):
+    """logits: (B, vocab_size) -> (B,) token ids: greedy at temperature 0, else from the top_p nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first token always stays
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model, ids, max_new_tokens, scorers=None, schedule=None, *, seqlens=None, cache=None,
+    temperature=0.0, top_p=1.0, eos_token_ids=(), generator=None, on_token=None,
+):  # fmt: skip
+    """Pruned prefill, then decoding from the true position (not from the number of tokens kept).
+
+    ids, scorers, schedule, seqlens: as in prefill; cache: an empty KVCache, to look at afterwards;
+    on_token: called with the list of the B new ids after every step. Returns one list of new ids per
+    prompt, ended by (and with) an end-of-sequence token. ValueError where prompt + new tokens exceed
+    the model's positions.
+    """
+    prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
+    limit = model.config.max_position_embeddings
+    if max(prompt_lens) + max_new_tokens > limit:
+        raise ValueError(f"a prompt of {max(prompt_lens)} tokens and {max_new_tokens} new ones are beyond the model's {limit} positions")
+    cache = KVCache(len(model.layers), extra=max_new_tokens) if cache is None else cache
+    logits, cache = prefill(model, ids, scorers, schedule, prompt_lens, cache)
+    positions = torch.tensor(prompt_lens, device=ids.device)
+    outputs, done = [[] for _ in prompt_lens], [False] * len(prompt_lens)
+    for step in range(max_new_tokens):
+        token = sample_token(logits, temperature, top_p, generator)
+        for i, t in enumerate(token.tolist()):
+            if not done[i]:
+                outputs[i].append(t)
+                done[i] = t in eos_token_ids
+        if on_token:
+            on_token(token.tolist())
+        if all(done) or step + 1 == max_new_tokens:
+            break
+        logits = model(token, positions + step, [1] * len(prompt_lens), cache)
+    return outputs
