@@ -88,13 +88,11 @@ def write_rows(path, rows, **more):
         write_atomic(path, (json.dumps([{**row, **more, **origin()} for row in rows], indent=1) + "\n").encode())
 
 
-def heads_and_schedule(config, model, needed=True):
-    """(heads or None, Schedule) of a script's --heads and --ratio; --ratio keeps the stages and changes the shares."""
-    folder = Path(config.heads or Path("heads") / Path(config.ckpt).name)
-    heads, schedule = None, None
+def heads_and_schedule(config, model, keep=0.0, needed=True):
+    """(heads or None, Schedule) of a script's --heads; keep: another share for each of the stages, 0 for the heads' own."""
+    heads, schedule = None, Schedule(len(model.layers))
     if config.heads or needed:
-        heads, schedule, _ = load_heads(folder, model)
-    if config.ratio:
-        layers = schedule or Schedule(len(model.layers))
-        schedule = Schedule(len(model.layers), {layer: config.ratio ** (s + 1) for s, layer in enumerate(layers)})
-    return heads, schedule or Schedule(len(model.layers))
+        heads, schedule, _ = load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)
+    if keep:
+        schedule = Schedule(len(model.layers), {layer: keep ** (stage + 1) for stage, layer in enumerate(schedule)})
+    return heads, schedule

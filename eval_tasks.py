@@ -31,7 +31,7 @@ class EvalConfig:
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
     methods: str = "dense,sdtp,random,most_recent,last_attention"  # also: teacher, floor (only protected tokens stay)
-    ratio: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
+    keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
     limit: int = 64  # prompts at most
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
@@ -143,7 +143,7 @@ def main():
         raise ValueError("give --text FILE or --data SOURCE")
     model, folder = cli.load_model(config)
     tokenizer, methods = Tokenizer(folder), config.methods.split(",")
-    heads, schedule = cli.heads_and_schedule(config, model, needed="sdtp" in methods)
+    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed="sdtp" in methods)
     if config.text:
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
         count = min(config.limit, len(windows))

@@ -1,0 +1,97 @@
+"""Generate from a prompt, with and without pruning.
+
+    python sample.py --prompt "The capital of France is"
+    python sample.py --prompt_file README.md --compare      # dense, then pruned
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+import cli
+from data import read_text
+from model import KVCache
+from sdtp import generate, protected_count
+from tokenizer import Tokenizer
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    heads: str = ""  # folder of trained heads (default: heads/CKPT)
+    prompt: str = ""  # the prompt
+    prompt_file: str = ""  # or a file that holds it
+    chat: bool = False  # wrap the prompt in the checkpoint's chat template
+    keep: float = 0.0  # share kept at each stage (0: the heads' own schedule)
+    dense: bool = False  # no pruning
+    compare: bool = False  # first dense, then pruned
+    max_new_tokens: int = 100  # at most
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # nucleus sampling
+    seed: int = 0  # of sampling
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    json: str = ""  # file for the figures
+
+
+def run(model, tokenizer, ids, config, heads=None, schedule=None):
+    """Generate once, streaming; prints and returns what it cost."""
+    cache = KVCache(len(model.layers), extra=config.max_new_tokens)
+    new, shown, times = [], "", []
+
+    def stream(tokens):
+        nonlocal shown
+        times.append(time.perf_counter())
+        new.append(tokens[0])
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    start = time.perf_counter()
+    generate(
+        model, torch.tensor(ids, device=config.device), config.max_new_tokens, heads, schedule, cache=cache, on_token=stream,
+        temperature=config.temperature, top_p=config.top_p, eos_token_ids=tokenizer.eos_token_ids,
+        generator=torch.Generator(config.device).manual_seed(config.seed),
+    )  # fmt: skip
+    alive = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
+    seconds = times[-1] - times[0]
+    row = {
+        "method": "sdtp" if schedule else "dense",
+        "prompt_tokens": len(ids),
+        "mean_alive": sum(alive) / len(alive) / len(ids),
+        "first_token_s": times[0] - start,
+        "tokens_per_s": (len(new) - 1) / seconds if seconds else 0.0,
+        "kv_bytes": cache.nbytes(),
+    }
+    floor = schedule and alive[-1] == protected_count(len(ids))
+    print(f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}" + " (the floor: protected tokens only)" * bool(floor))
+    print(
+        f"[{row['method']}] mean alive {row['mean_alive']:.1%} of {len(ids)} | first token {row['first_token_s'] * 1000:.0f} ms"
+        f" | {row['tokens_per_s']:.1f} tokens/s | KV {row['kv_bytes'] / 2**20:.2f} MiB\n",
+        flush=True,
+    )
+    return row | {"alive": " ".join(map(str, alive))}
+
+
+def main():
+    config = cli.parse(SampleConfig, __doc__)
+    if bool(config.prompt) == bool(config.prompt_file):
+        raise ValueError("give --prompt TEXT or --prompt_file FILE")
+    text = config.prompt or read_text(config.prompt_file)
+    model, folder = cli.load_model(config)
+    tokenizer = Tokenizer(folder)
+    if config.chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    ids, rows = tokenizer.encode(text), []
+    if config.dense or config.compare:
+        rows.append(run(model, tokenizer, ids, config))
+    if not config.dense:
+        heads, schedule = cli.heads_and_schedule(config, model, config.keep)
+        rows.append(run(model, tokenizer, ids, config, heads, schedule))
+    cli.write_rows(config.json, rows, seed=config.seed)
+
+
+if __name__ == "__main__":
+    cli.run(main)

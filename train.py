@@ -1,0 +1,434 @@
+"""Train pruning heads for a frozen model, then measure them.
+
+    python train.py                                # the default checkpoint on Python's own manual
+    python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly
+    python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
+
+Each step labels a batch of packed prompts with the teacher (saliency.py), runs the model once more
+with attention masked where the heads would drop a token, and trains the heads on (paper eq. 8)
+L = L_lm + L_mse + L_rank.
+"""
+
+import hashlib
+import json
+import math
+import resource
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import cli
+import data
+import saliency
+from eval_tasks import METHODS, perplexity, print_table
+from model import read_json, visible
+from sdtp import PruneHead, Schedule, fingerprint, is_protected, keep_count, protected_count, save_heads, write_atomic
+from tokenizer import Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    data: str = ""  # pydoc, dolly, FILE.jsonl or FILE.txt (default: pydoc with the default checkpoint, else dolly)
+    out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
+    resume: bool = False  # go on with the run in out_dir
+    # the method
+    first_layer: int = 4  # first stage (layers count from 0)
+    step: int = 3  # layers from stage to stage
+    stages: int = 10  # stages at most, as many as fit
+    ratio: float = 0.9  # share kept at each stage
+    teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
+    label_loss: str = "response"  # the loss that defines saliency: over the response, or all next tokens
+    # the losses
+    lm_weight: float = 1.0  # weight of L_lm
+    mse_weight: float = 1.0  # weight of L_mse
+    rank_weight: float = 1.0  # weight of L_rank
+    rank_reduction: str = "mean"  # of L_rank over pairs: mean, or sum as eq. 6 is printed
+    rank_pairs: int = 1_000_000  # pairs sampled where a prompt has more
+    distill: bool = False  # add KL(dense || pruned) on the response to L_lm
+    tau: float = 1.0  # temperature of Gumbel-softmax
+    # the data
+    prompt_len: int = 512  # text: tokens of a prompt
+    score_len: int = 128  # response tokens (rows: at most)
+    min_prompt: int = 64  # rows: shorter prompts are left out
+    max_prompt: int = 1024  # rows: longer prompts are left out
+    max_prompts: int = 0  # training prompts (0: all)
+    label_cache: str = ""  # folder in which labels are kept between epochs and runs
+    # the optimisation
+    epochs: int = 2  # passes over the training prompts
+    batch_tokens: int = 2048  # tokens packed into one forward
+    accumulate: int = 1  # batches per step
+    lr: float = 1e-3  # peak learning rate of AdamW
+    warmup: float = 0.05  # share of the steps in which it rises; then a cosine to a tenth
+    weight_decay: float = 0.01  # of AdamW
+    checkpoint_every: int = 20  # steps
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: slower, far less memory
+    seed: int = 0  # of initialisation, order of the data and Gumbel noise
+    # the end
+    eval_prompts: int = 32  # held-out prompts of the final table
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
+
+
+# ---------------------------------------------------------------------------- the masked forward
+
+
+def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None, alive=None):
+    """attend() in which dropped tokens are hidden by multiplication, so that gradients reach `alive`.
+
+    Attention weights are exp(a_ij) (M_j or [i = j]) / sum_j exp(a_ij) (M_j or [i = j]) (DynamicViT, Rao
+    et al. 2021, eq. 11). alive: (T,) M, 1 or 0 in value. A large negative bias would have no gradient.
+    """
+    parts = zip(*(t.split(seqlens) for t in (q, k, v, positions, alive)))
+    return torch.cat([masked_sdpa(*part, window) for part in parts])
+
+
+def masked_sdpa(q, k, v, positions, alive, window=None):
+    """masked_attend() for one sequence: q: (T, Hq, D), k, v: (T, Hkv, D), alive: (T,) -> (T, Hq, D)."""
+    T, groups = len(q), q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)  # (Hkv, G, T, D)
+    k, v = k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)  # (Hkv, 1, T, D)
+    a = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).to(alive.dtype)  # (Hkv, G, T, T)
+    eye = torch.eye(T, dtype=torch.bool, device=q.device)
+    weight = torch.where(eye, 1.0, alive) * visible(positions, positions, window)  # (T, T): M_j or [i = j]
+    # The maximum over what is kept makes the forward exact; a dropped token far above it would overflow,
+    # and is held at e^30 times the largest kept weight (its own weight is 0, only dL/dM feels it).
+    top = a.detach().masked_fill(weight.detach() == 0, -math.inf).amax(-1, keepdim=True)
+    e = (a - top).clamp(max=30.0).exp() * weight
+    out = (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v  # (Hkv, G, T, D)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, checkpoint_blocks=False):
+    """The pruned model of training: no token is removed, dropped ones are hidden from the others.
+
+    free: (T,) bool, the tokens a stage may drop. Returns (output of the last block (T, hidden_size),
+    {layer: head logits (T, 2)}, {layer: cumulative mask M (T,)}).
+    """
+    x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
+    for layer, block in enumerate(model.layers):
+        if layer in heads:
+            logits[layer] = heads[layer].logits(x)
+            keep = F.gumbel_softmax(logits[layer], tau, hard=True)[:, 0]  # eq. 2, straight-through
+            alive = torch.where(free, keep, 1.0) * (1.0 if alive is None else alive)
+            masks[layer] = alive
+        if alive is None:
+            x = block(x, positions, seqlens)
+            continue
+        run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks else block
+        x = run(x, positions, seqlens, None, partial(masked_attend, alive=alive))
+    return x, logits, masks
+
+
+# ---------------------------------------------------------------------------- the losses
+
+
+def rank_loss(scores, labels, reduction="mean", max_pairs=1_000_000):
+    """Eq. 6 over the pairs i < j of one prompt: log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
+
+    scores, labels: (n,). mean: over the pairs; where there are more than max_pairs, that many are
+    drawn with replacement, an unbiased estimate. sum: mean times the number of pairs.
+    """
+    n = len(scores)
+    pairs = n * (n - 1) // 2
+    if pairs == 0:
+        return scores.sum() * 0
+    if pairs <= max_pairs:  # the term is symmetric: all (i, j) are each pair twice, and log 2 for i = j
+        terms = F.softplus((scores[None] - scores[:, None]) * (labels[:, None] - labels[None]).sign())
+        mean = (terms.sum() - n * math.log(2)) / (2 * pairs)
+    else:
+        i = torch.randint(n, (max_pairs,)).to(scores.device)
+        j = (i + 1 + torch.randint(n - 1, (max_pairs,)).to(scores.device)) % n  # any other token
+        mean = F.softplus((scores[j] - scores[i]) * (labels[i] - labels[j]).sign()).mean()
+    return mean * pairs if reduction == "sum" else mean
+
+
+def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
+    """(L_mse, L_rank, top-k overlap) of the heads with their labels, over the tokens that may be dropped.
+
+    L_mse: between softmax(pi)[keep] and saliency / its maximum per stage and prompt, mean over tokens and
+    stages. L_rank: mean over pairs, summed over stages. Both: mean over prompts. Overlap: of the tokens
+    that the heads would keep with those that the labels would.
+    """
+    mse, rank, overlap = [], [], []
+    for layer, pi in logits.items():
+        parts = zip(pi.split(seqlens), labels[layer].split(seqlens), free.split(seqlens), prompt_lens)
+        for pi_row, label, may_drop, n in parts:
+            pi_row, label = pi_row[may_drop], label[may_drop]
+            if not len(label):
+                continue
+            score = pi_row[:, 0] - pi_row[:, 1]
+            mse.append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
+            rank.append(rank_loss(score, label, config.rank_reduction, config.rank_pairs))
+            count = keep_count(n, schedule[layer], protected_count(n)) - protected_count(n)
+            if count:
+                best = torch.isin(score.topk(count).indices, label.topk(count).indices)
+                overlap.append(best.float().mean())
+    return torch.stack(mse).mean(), torch.stack(rank).mean() * len(logits), torch.stack(overlap or [torch.zeros(())]).mean()
+
+
+def losses(model, heads, batch, schedule, config):
+    """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
+    ids, seqlens, prompt_lens, labels = batch
+    positions = model.positions(seqlens)
+    free = torch.cat([(p < n) & ~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
+    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, config.tau, config.checkpoint_blocks)
+    mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
+    rows = saliency.scored_rows(seqlens, prompt_lens)
+    log_probs = model.logits(x[rows]).float().log_softmax(-1)
+    lm = F.nll_loss(log_probs, ids[rows + 1])
+    terms = {"lm": lm, "mse": mse, "rank": rank, "overlap": overlap}
+    loss = config.lm_weight * lm + config.mse_weight * mse + config.rank_weight * rank
+    if config.distill:
+        with torch.no_grad():
+            _, dense = saliency.hidden_states(model, ids, (), seqlens)
+            target = model.logits(dense[rows]).float().log_softmax(-1)
+        terms["distill"] = F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
+        loss = loss + config.lm_weight * terms["distill"]
+    alive = {layer: mask[free].mean().item() for layer, mask in masks.items()}
+    return {"loss": loss, **terms}, alive
+
+
+# ---------------------------------------------------------------------------- labels and batches
+
+
+def make_batches(examples, config):
+    """Lists of examples of at most batch_tokens together (or one longer one), in a seeded order per epoch."""
+    batches = []
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed + epoch))
+        room = 0
+        for example in (examples[i] for i in order.tolist()):
+            size = len(example.prompt) + len(example.response)
+            if size > room:
+                batches.append([])
+                room = config.batch_tokens
+            batches[-1].append(example)
+            room -= size
+    return batches
+
+
+def pack(model, examples, schedule, config):
+    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}) of a list of examples."""
+    seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
+    ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.norm.weight.device)
+    layers = list(schedule)
+    starts = prompt_lens if config.label_loss == "response" else None
+
+    def compute():
+        return saliency.label(model, ids, layers, config.teacher, seqlens, starts)
+
+    if not config.label_cache:
+        return ids, seqlens, prompt_lens, compute()
+    # A batch whose prompts are all in the cache costs no pass; otherwise the batch is labelled whole.
+    keys = [f"{config.label_key}{e.prompt}{e.response}" for e in examples]
+    paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
+    if not all(path.is_file() for path in paths):
+        parts = zip(*(s.cpu().split(seqlens) for s in compute().values()))  # per prompt, its stages
+        for path, stages in zip(paths, parts):
+            write_atomic(path, safetensors.torch.save({"labels": torch.stack(stages)}))
+    labels = torch.cat([safetensors.torch.load_file(path)["labels"] for path in paths], dim=1).to(ids.device)
+    return ids, seqlens, prompt_lens, dict(zip(layers, labels))
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def parameters(heads):
+    """{name: parameter} of all heads."""
+    return {f"{layer}.{name}": p for layer, head in heads.items() for name, p in head.named_parameters()}
+
+
+def save_checkpoint(path, heads, optimizer, step):
+    """One file with all that a run needs to go on: weights, AdamW's moments, step, random state."""
+    tensors = {"rng": torch.get_rng_state(), "step": torch.tensor(step)}
+    for name, p in parameters(heads).items():
+        tensors[f"heads.{name}"] = p.detach()
+        tensors.update({f"adamw.{name}.{key}": value for key, value in optimizer.state[p].items()})
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    write_atomic(path, safetensors.torch.save(tensors))
+
+
+def load_checkpoint(path, heads, optimizer):
+    """Restores what save_checkpoint wrote; returns the step."""
+    tensors = safetensors.torch.load_file(path)
+    for name, p in parameters(heads).items():
+        p.data.copy_(tensors[f"heads.{name}"])
+        optimizer.state[p] = {key: tensors[f"adamw.{name}.{key}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+    torch.set_rng_state(tensors["rng"])
+    if "cuda_rng" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    return int(tensors["step"])
+
+
+def start_or_resume(config, heads, optimizer):
+    """Returns (first step, log rows so far); refuses to overwrite an unfinished run or to resume with other flags."""
+    out, path = Path(config.out_dir), Path(config.out_dir) / "checkpoint.safetensors"
+    flags = {k: v for k, v in asdict(config).items() if k not in ("resume", "json")}
+    if not config.resume:
+        if path.is_file():
+            raise ValueError(f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it")
+        write_atomic(out / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
+        write_atomic(out / "log.jsonl", b"")
+        return 0, []
+    saved = read_json(out / "config.json")
+    changed = [k for k in flags if saved.get(k) != flags[k]]
+    if changed:
+        raise ValueError(f"--resume: the run in {out} has --{changed[0]} {saved.get(changed[0])!r}, not {flags[changed[0]]!r}")
+    if not path.is_file():
+        if (out / "heads" / "heads.json").is_file():
+            raise ValueError(f"--resume: the run in {out} is finished")
+        return 0, []  # killed before its first checkpoint
+    step = load_checkpoint(path, heads, optimizer)
+    lines = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines() if line.endswith("}")]
+    history = [line for line in lines if line["step"] <= step]
+    write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+    return step, history
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def draw_losses(history, path):
+    """The loss terms, the top-k overlap and the share alive at the last stage against the step."""
+    import matplotlib.pyplot as plt
+
+    names = [n for n in ("loss", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.8))
+    for axis, name in zip(axes, names):
+        axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
+        axis.set(title=name, xlabel="step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_predictions(model, heads, examples, schedule, config, path):
+    """Predicted score against teacher's label per stage, as ranks within held-out prompts (dense states)."""
+    import matplotlib.pyplot as plt
+
+    points = {layer: [] for layer in schedule}
+    for example in examples[:8]:
+        ids, seqlens, prompt_lens, labels = pack(model, [example], schedule, config)
+        states, _ = saliency.hidden_states(model, ids, list(schedule), seqlens)
+        n = prompt_lens[0]
+        free = ~is_protected(torch.arange(n, device=ids.device), n)
+        for layer, x in states.items():
+            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n][free])))
+            points[layer].append(both.argsort(-1).argsort(-1) / both.shape[1])
+    figure, axes = plt.subplots(1, len(points), figsize=(2.4 * len(points), 2.8), sharey=True, squeeze=False)
+    for axis, (layer, parts) in zip(axes[0], points.items()):
+        label, score = torch.cat(parts, dim=1).cpu()
+        axis.scatter(label, score, s=1, alpha=0.3)
+        correlation = torch.corrcoef(torch.stack((label, score)))[0, 1]
+        axis.set(title=f"layer {layer}, rho {correlation:.2f}", xlabel="teacher (rank)")
+    axes[0, 0].set_ylabel("head (rank)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then a cosine from lr to a tenth of it."""
+    warm = max(1, int(config.warmup * steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train_step(model, heads, optimizer, batches, schedule, config):
+    """One optimizer step over `accumulate` batches; returns the means of what losses() gives, as floats."""
+    optimizer.zero_grad(set_to_none=True)
+    record = {}
+    for examples in batches:
+        terms, alive = losses(model, heads, pack(model, examples, schedule, config), schedule, config)
+        (terms["loss"] / len(batches)).backward()
+        values = {name: t.item() for name, t in terms.items()} | {f"alive_{layer}": share for layer, share in alive.items()}
+        for name, value in values.items():
+            record[name] = record.get(name, 0.0) + value / len(batches)
+    optimizer.step()
+    return record | {"alive": record[f"alive_{max(alive)}"]}
+
+
+def train(model, heads, examples, schedule, config):
+    """Train the heads in place; returns the log, one dict per step."""
+    batches = make_batches(examples, config)
+    groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
+    optimizer = torch.optim.AdamW(parameters(heads).values(), lr=config.lr, weight_decay=config.weight_decay)
+    first, history = start_or_resume(config, heads, optimizer)
+    out, steps, begin, prompts = Path(config.out_dir), len(groups), time.perf_counter(), 0
+    print(f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, schedule))}", flush=True)
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config)
+        record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config)
+        history.append(record)
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
+            save_checkpoint(out / "checkpoint.safetensors", heads, optimizer, step + 1)
+        prompts += sum(map(len, groups[step]))
+        seconds = time.perf_counter() - begin
+        eta = seconds / (step + 1 - first) * (steps - step - 1)
+        shown = " ".join(f"{name} {record[name]:.3f}" for name in ("lm", "mse", "rank", "distill") if name in record)
+        print(
+            f"step {step + 1}/{steps} | loss {record['loss']:.3f} {shown} | alive {record['alive']:.2f} | top-k overlap {record['overlap']:.2f}"
+            f" | {seconds / prompts * 1000:.0f} ms/prompt | eta {eta // 60:.0f}:{eta % 60:02.0f}",
+            flush=True,
+        )
+    return history
+
+
+def peak_memory(device):
+    """Peak bytes: allocated on CUDA, resident on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    config = cli.parse(TrainConfig, __doc__)
+    for name, choices in (("teacher", saliency.TEACHERS), ("label_loss", ("response", "all")), ("rank_reduction", ("mean", "sum"))):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
+    config.data = config.data or ("pydoc" if config.ckpt == TrainConfig.ckpt else "dolly")
+    model, folder = cli.load_model(config)
+    config.label_key = f"{fingerprint(model)} {config.teacher} {config.label_loss} "
+    schedule = Schedule(len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio)
+    examples, held_out = data.load(config.data, Tokenizer(folder), config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
+    examples = examples[: config.max_prompts or None]
+    if not examples or not held_out:
+        raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
+    torch.manual_seed(config.seed)
+    heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
+    history = train(model, heads, examples, schedule, config)
+
+    out, commit = Path(config.out_dir), cli.origin()["commit"]
+    draw_losses(history, out / "losses.png")
+    draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
+    print(f"peak memory of training {peak_memory(config.device) / 2**30:.1f} GiB; now {min(config.eval_prompts, len(held_out))} held-out prompts", flush=True)
+    rows = perplexity(model, held_out[: config.eval_prompts], METHODS, schedule, heads, config.teacher, config.seed)
+    print_table(rows)
+    for path in (out / "eval.json", config.json):
+        cli.write_rows(path, rows, source=config.data, seed=config.seed)
+    info = {k: getattr(config, k) for k in ("ckpt", "data", "teacher", "label_loss", "epochs", "seed")}
+    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), commit=commit, **info)
+    (out / "checkpoint.safetensors").unlink()
+    print(f"heads in {out / 'heads'}, table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
+
+
+if __name__ == "__main__":
+    cli.run(main)
