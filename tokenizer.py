@@ -1,4 +1,5 @@
-"""Text <-> token ids for a checkpoint folder: tokenizer.json (library `tokenizers`), else tokenizer.model (sentencepiece).
+"""Text <-> token ids for a checkpoint folder, from tokenizer.json (library `tokenizers`) or sentencepiece's
+tokenizer.model.
 
     tokenizer = Tokenizer("checkpoints/smollm2-135m-q4")
     ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
@@ -20,67 +21,62 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; give a checkpoint folder, or fetch one with download.py")
+            raise FileNotFoundError(f"{folder}: no such folder; give a checkpoint folder, or fetch one: download.py")
         config = read_json(folder / "tokenizer_config.json")
-        generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
+        models = [read_json(folder / "generation_config.json"), read_json(folder / "config.json")]
         path = next((folder / f for f in ("tokenizer.json", "tokenizer.model") if (folder / f).is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model; copy it from the checkpoint")
+            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model; add the checkpoint's own")
         try:
             self.backend = TokenizerJson(path) if path.suffix == ".json" else Sentencepiece(path, config)
-        except Exception as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
-            raise ValueError(f"{path}: not a tokenizer this library can read ({error}); fetch it again") from error
+        except Exception as error:  # both libraries raise a bare Exception or RuntimeError for a damaged file
+            raise ValueError(f"{path}: not readable as a tokenizer ({error}); fetch it again") from error
 
-        def special(key):
-            """The text of the token that `key` (bos_token, eos_token) stands for, or None."""
-            if key in config:  # null counts: so Qwen2 says that it has no BOS, whatever its config.json says
-                return config[key]["content"] if isinstance(config[key], dict) else config[key]
-            for value in (getattr(self.backend, key + "_id"), generation.get(key + "_id"), model.get(key + "_id")):
-                if value is not None:
-                    return self.backend.token(value[0] if isinstance(value, list) else value)
+        def special(kind):
+            """The token named bos_token or eos_token, as str or None."""
+            if kind in config:  # null counts: so Qwen2 says that it has no BOS, whatever its config.json says
+                return config[kind]["content"] if isinstance(config[kind], dict) else config[kind]
+            ids = [getattr(self.backend, f"{kind}_id"), *(model.get(f"{kind}_id") for model in models)]
+            return next((self.backend.token(i) for i in ids if isinstance(i, int)), None)
 
         self.bos_token, self.eos_token = special("bos_token"), special("eos_token")
-        self.bos_token_id, eos = self.backend.id(self.bos_token), self.backend.id(self.eos_token)
+        bos, eos = self.backend.id(self.bos_token), self.backend.id(self.eos_token)
         eos_ids = {eos}
-        for value in (generation.get("eos_token_id"), model.get("eos_token_id")):
+        for value in (model.get("eos_token_id") for model in models):
             eos_ids.update(value if isinstance(value, list) else [value])
-        self.eos_token_ids = sorted(eos_ids - {None})
+        self.bos_token_id, self.eos_token_ids = bos, sorted(eos_ids - {None})
         self.vocab_size = self.backend.size
 
-        adds_bos, adds_eos = self.backend.adds(self.bos_token_id, eos)
-        self.prefix = [self.bos_token_id] if config.get("add_bos_token", adds_bos) and self.bos_token_id is not None else []
-        self.suffix = [eos] if config.get("add_eos_token", adds_eos) and eos is not None else []
+        self.adds_bos = bos is not None and self.backend.encode("", True)[:1] == [bos]
 
         self.chat_template = config.get("chat_template")
-        if isinstance(self.chat_template, list):  # several, named
+        if isinstance(self.chat_template, list):  # several, each with a name
             self.chat_template = {t["name"]: t["template"] for t in self.chat_template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
     def encode(self, text, add_special_tokens=True):
         """str -> list of int. Special tokens written in the text become their single ids."""
-        ids = self.backend.encode(text)
-        if not add_special_tokens:
-            return ids
-        return ([] if ids[:1] == self.prefix else self.prefix) + ids + self.suffix
+        ids = self.backend.encode(text, add_special_tokens)
+        twice = add_special_tokens and self.adds_bos and ids[1:2] == [self.bos_token_id]
+        return ids[1:] if twice else ids
 
     def decode(self, ids, skip_special_tokens=True):
         """Sequence of int -> str."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens)
 
     def token_texts(self, ids):
-        """The text of each token by itself, for figures; a token that is part of a character gives U+FFFD."""
-        return [self.decode([i], skip_special_tokens=False) for i in ids]
+        """The text of each token by itself, for figures: list of str. Part of a character gives U+FFFD."""
+        return [self.decode([i], skip_special_tokens=False) or " " for i in ids]  # sentencepiece's lone "▁" gives ""
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
-        """messages: list of {"role": str, "content": str} -> the prompt as str.
+        """messages: list of {"role": str, "content": str} -> the prompt as str, BOS included if the template has it.
         Raises ValueError where there is no chat template, or where it refuses the messages."""
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is code that came with a download
 
         if self.chat_template is None:
-            raise ValueError(f"{self.folder}: no chat template (tokenizer_config.json, chat_template.jinja); "
-                             "give the prompt as plain text")
+            raise ValueError(f"{self.folder}: no chat_template in tokenizer_config.json; give the prompt as plain text")
 
         def raise_exception(message):
             raise jinja2.TemplateError(message)
@@ -88,11 +84,10 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = raise_exception
-        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         try:
             return environment.from_string(self.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                **{name: token for name, token in tokens.items() if token is not None})
+                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.folder}: the chat template does not take these messages: {error}") from error
 
@@ -109,55 +104,53 @@ class TokenizerJson:
     bos_token_id = eos_token_id = None  # the file does not say which tokens these are
 
     def __init__(self, path):
-        import tokenizers
-        self.lib = tokenizers.Tokenizer.from_file(str(path))
-        self.lib.no_truncation()  # some files ask for it, and would cut long prompts without a word
-        self.lib.no_padding()
-        self.token, self.size = self.lib.id_to_token, self.lib.get_vocab_size()
+        from tokenizers import Tokenizer as Library
+        self.library = Library.from_file(str(path))
+        self.library.no_truncation()  # some files ask for it, and would cut long prompts without a word
+        self.library.no_padding()
+        self.token, self.size = self.library.id_to_token, self.library.get_vocab_size()
 
     def id(self, token):
-        return None if token is None else self.lib.token_to_id(token)
+        return None if token is None else self.library.token_to_id(token)
 
-    def adds(self, bos, eos):
-        ids = self.lib.encode("").ids  # what is there without a text is what the post-processor adds
-        return bos in ids, eos in ids
-
-    def encode(self, text):
-        return self.lib.encode(text, add_special_tokens=False).ids
+    def encode(self, text, add_special_tokens):
+        return self.library.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens):
-        return self.lib.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 class Sentencepiece:
-    """Sentencepiece knows no special tokens in a text, so the text is cut at them here."""
+    """Sentencepiece sees no special tokens in a text, so the text is cut at them here."""
 
     def __init__(self, path, config):
         from sentencepiece import SentencePieceProcessor
         model = path.read_bytes()
         self.first = SentencePieceProcessor(model_proto=model)
-        # The part after a special token gets no space in front, except in the `legacy` way. To tell sentencepiece so,
-        # append `normalizer_spec {add_dummy_prefix: false}` in protobuf's wire format: a later value wins.
-        self.later = self.first if config.get("legacy") else SentencePieceProcessor(model_proto=model + b"\x1a\2\x18\0")
+        # Only the start of a text gets a space in front, unless the config says `legacy`: then every part does. To stop
+        # it, append `normalizer_spec {add_dummy_prefix: false}` in protobuf's wire format, where the last value wins.
+        self.later = SentencePieceProcessor(model_proto=model + b"\x1a\2\x18\0")
+        self.legacy = config.get("legacy", False)
         pieces = {i: self.first.id_to_piece(i) for i in range(self.first.vocab_size())}
         self.special = {i: p for i, p in pieces.items() if self.first.is_control(i) or self.first.is_unknown(i)}
         self.special |= {int(i): t["content"] for i, t in config.get("added_tokens_decoder", {}).items()}
-        self.pieces = pieces | self.special
-        self.ids = {piece: i for i, piece in self.pieces.items()}
+        pieces |= self.special
+        self.ids = {piece: i for i, piece in pieces.items()}
+        self.id, self.token, self.size = self.ids.get, pieces.get, max(pieces) + 1
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self.id, self.token, self.size = self.ids.get, self.pieces.get, max(self.pieces) + 1
-        self.bos_token_id, self.eos_token_id = (
-            i if i >= 0 else None for i in (self.first.bos_id(), self.first.eos_id()))
+        bos, eos = self.first.bos_id(), self.first.eos_id()  # -1: the model has none
+        self.bos_token_id, self.eos_token_id = bos if bos >= 0 else None, eos if eos >= 0 else None
+        # Llama's way, unless the config says otherwise; with tokenizer.json, transformers ignores the config here.
+        self.before = [bos] if config.get("add_bos_token", True) and bos >= 0 else []
+        self.after = [eos] if config.get("add_eos_token", False) and eos >= 0 else []
 
-    def adds(self, bos, eos):
-        return True, False  # Llama's way, where no tokenizer_config.json says otherwise
-
-    def encode(self, text):
+    def encode(self, text, add_special_tokens):
         ids = []
         for n, part in enumerate(self.cut.split(text)):  # odd parts are the special tokens
-            ids += [self.ids[part]] if n % 2 else (self.later if ids else self.first).encode(part)
-        return ids
+            model = self.later if ids and not self.legacy else self.first
+            ids += [self.ids[part]] if n % 2 else model.encode(part)
+        return self.before + ids + self.after if add_special_tokens else ids
 
     def decode(self, ids, skip_special_tokens):
         text = ""
