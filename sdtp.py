@@ -181,7 +181,7 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
     """Read prompts, dropping tokens on the way.
 
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
-    scorers: {layer: head or any callable of a head's call}; schedule: {layer: share}, None or {} for
+    scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
     dense; cache: an empty KVCache to fill. Returns (logits of each prompt's last token (B, vocab_size), cache).
     RuntimeError when the tokens alive at a layer are not those that the schedule asks for.
     """
