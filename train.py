@@ -64,7 +64,7 @@ class TrainConfig:
     epochs: int = 2  # passes over the training prompts
     batch_tokens: int = 2048  # tokens packed into one forward
     accumulate: int = 1  # batches per step
-    lr: float = 1e-3  # peak learning rate of AdamW
+    lr: float = 2e-3  # peak learning rate of AdamW
     warmup: float = 0.05  # share of the steps in which it rises; then a cosine to a tenth
     weight_decay: float = 0.01  # of AdamW
     checkpoint_every: int = 20  # steps
@@ -349,6 +349,14 @@ def learning_rate(step, steps, config):
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
+def new_head(model):
+    """A PruneHead whose scores start at 0: hidden states are large (rms 5 to 27 in SmolLM2), and random
+    scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
+    head = PruneHead(model.config.hidden_size)
+    torch.nn.init.zeros_(head.fc2.weight)
+    return head.to(model.norm.weight.device)
+
+
 def train_step(model, heads, optimizer, batches, schedule, config):
     """One optimizer step over `accumulate` batches; returns the means of what losses() gives, as floats."""
     optimizer.zero_grad(set_to_none=True)
@@ -413,7 +421,7 @@ def main():
     if not examples or not held_out:
         raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
     torch.manual_seed(config.seed)
-    heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
+    heads = {layer: new_head(model) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
     out, commit = Path(config.out_dir), cli.origin()["commit"]
