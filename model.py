@@ -30,7 +30,7 @@ except ImportError:
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4096},
-    "qwen2": {},
+    "qwen2": {"sliding_window": 4096},
     "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
 }
 REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
@@ -388,8 +388,10 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def positions(self, seqlens):
-        """0, 1, ... within each sequence, (T,). ValueError for one longer than max_position_embeddings."""
+        """0, 1, ... within each sequence, (T,). ValueError for an empty one, or longer than max_position_embeddings."""
         limit = self.config.max_position_embeddings
+        if min(seqlens, default=0) < 1:
+            raise ValueError("a prompt is empty")
         if max(seqlens) > limit:
             raise ValueError(f"a prompt of {max(seqlens)} tokens is beyond the model's {limit} positions (max_position_embeddings)")
         return torch.cat([torch.arange(n, device=self.embed_tokens.weight.device) for n in seqlens])
@@ -440,9 +442,12 @@ def read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist" + ("" if path.parent.is_dir() else f" (no folder {path.parent})"))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 def read_tensors(folder):
@@ -450,10 +455,13 @@ def read_tensors(folder):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map is missing or empty")
+        names = sorted(set(map(str, weight_map.values())))
         outside = [n for n in names if Path(n).name != n]
-        if outside or not names:
-            raise ValueError(f"{index}: weight_map " + (f"leaves the folder: {outside[0]}" if outside else "is empty"))
+        if outside:
+            raise ValueError(f"{index}: weight_map leaves the folder: {outside[0]}")
     for name in names:
         path = folder / name
         if not path.is_file():

@@ -87,8 +87,8 @@ def select(scores, positions, share, seqlens, prompt_lens):
     for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
         protected = is_protected(positions[start : start + length], n)
         count = min(length, keep_count(n, share, protected_count(n)))
-        # reversed before a stable sort: of equal scores the later token comes first
-        order = rows.masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
+        # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
+        order = rows.nan_to_num(nan=-math.inf).masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
         keep.append(start + length - 1 - order[:count].sort(descending=True).values)
         kept.append(count)
         start += length
@@ -132,11 +132,14 @@ def write_atomic(path, data):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_heads(folder, heads, model, schedule, **info):
@@ -156,18 +159,17 @@ def load_heads(folder, model):
     meta = read_json(folder / "heads.json")
     if meta.get("fingerprint") != fingerprint(model):
         raise ValueError(f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py")
-    schedule = Schedule(len(model.layers), meta["schedule"])
-    heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
-    path = folder / "heads.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     try:
-        tensors = safetensors.torch.load_file(path)
+        schedule = Schedule(len(model.layers), meta["schedule"])
+        heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
+        tensors = safetensors.torch.load_file(folder / "heads.safetensors")  # a missing file is named by its own error
         for layer, head in heads.items():
             head.load_state_dict({name: tensors.pop(f"{layer}.{name}") for name in head.state_dict()})
             head.to(device)
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or does not fit heads.json: {' '.join(str(error).split())}") from None
+        if tensors:
+            raise ValueError(f"unexpected tensor {min(tensors)}")
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}") from None
     return heads, schedule, meta
 
 

@@ -1,0 +1,476 @@
+"""sdtp.py against plain references: Python sorts, and a float64 model that hides tokens where sdtp.py drops them."""
+
+import json
+from decimal import ROUND_HALF_UP, Decimal
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sdtp
+from model import KVCache, Transformer, visible
+from sdtp import PruneHead, Schedule, generate, is_protected, keep_count, load_heads, prefill, protected_count, save_heads, select, write_atomic
+
+MODELS = {  # every one with grouped keys, stages at layers 1, 2 and 4 below
+    "full": dict(num_hidden_layers=5),
+    "window": dict(num_hidden_layers=5, model_type="mistral", sliding_window=7),
+    "window on some layers": dict(
+        num_hidden_layers=5, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+}  # fmt: skip
+each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+
+
+def stages(ratio):
+    return Schedule(5, {layer: ratio ** (s + 1) for s, layer in enumerate((1, 2, 4))})
+
+
+def random_heads(model, seed=0):
+    """A linear scorer per layer, in float64: a head's call, exact whatever rows it is given together."""
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.randn(len(model.layers), model.config.hidden_size, generator=g, dtype=torch.float64)
+    return [lambda x, positions, seqlens, block, w=w: (x.double() * w).sum(-1).float() for w in weights]
+
+
+def kept_by_sort(scores, positions, n, share):
+    """Positions kept, ascending: the protected, then by score, of equal ones the later. Plain Python."""
+    last = max(1, int(n * 0.1 + 0.5))
+    protected = [p for p in positions if p < 4 or p >= n - last]
+    count = max(1, min(len(positions), max(int(n * share + 0.5), len(protected))))
+    others = sorted((-score, -p) for score, p in zip(scores, positions) if p not in protected)
+    return sorted(protected + [-p for _, p in others[: count - len(protected)]])
+
+
+def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
+    """All tokens stay in place; those of the prompt (the first n) are hidden from their stage on.
+
+    Returns logits (T, vocab_size) and per layer (positions alive, k, v of all tokens).
+    """
+    x, positions, alive, layers = model.embed(ids), torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool), []
+    for layer, block in enumerate(model.layers):
+        if layer in schedule:
+            scores = scorers[layer](x, positions, [len(ids)], block).tolist()
+            old = positions[:n][alive[:n]].tolist()
+            alive[:n] = False
+            alive[kept_by_sort([scores[p] for p in old], old, n, schedule[layer])] = True
+        q, k, v = block.self_attn.qkv(block.input_layernorm(x), positions)
+        layers.append((positions[alive], k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        seen = visible(positions, positions, block.self_attn.window) & (alive | torch.eye(len(ids), dtype=torch.bool))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        x = x + block.self_attn.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.logits(x), layers
+
+
+# ---------------------------------------------------------------------------- how many, and which
+
+
+@given(st.integers(1, 10**6), st.integers(0, 1024), st.integers(0, 50))
+def test_keep_count(n, k, protected):
+    """n * share rounded half up (shares exact in binary, so that halves are halves), at least protected and 1, at most n."""
+    rounded = int((Decimal(n) * k / 1024).quantize(Decimal(1), ROUND_HALF_UP))
+    assert keep_count(n, k / 1024, protected) == min(n, max(1, protected, rounded))
+
+
+@given(st.integers(1, 10**5), st.floats(0, 1))
+def test_keep_count_any_share(n, share):
+    """Any share is met to half a token, and counts never grow as the share falls."""
+    assert 1 <= keep_count(n, share) <= n
+    assert abs(keep_count(n, share) - max(1, n * share)) <= 0.5 + 1e-9
+    assert keep_count(n, share / 2) <= keep_count(n, share)
+
+
+def test_protected():
+    """protected_count counts is_protected: the first 4 and the last 10 % of the prompt, for prompts of 1 to 200."""
+    for n in range(1, 201):
+        wanted = [p < 4 or p >= n - max(1, int(n * 0.1 + 0.5)) for p in range(n)]
+        assert is_protected(torch.arange(n), n).tolist() == wanted
+        assert protected_count(n) == sum(wanted)
+
+
+def test_schedule_of_the_paper():
+    """Layers 4, 7, ..., shares 0.9^s: 10 stages in 32 layers and in deeper models, 9 in 30; a mean of 0.655 alive (1.53x)."""
+    schedule = Schedule(32)
+    assert list(schedule) == list(range(4, 32, 3)) and len(schedule) == 10 == len(Schedule(80))
+    assert list(schedule.values()) == pytest.approx([0.9**s for s in range(1, 11)])
+    assert list(Schedule(30)) == list(range(4, 30, 3)) and len(Schedule(30)) == 9
+    assert 32 * 10000 / sum(schedule.alive(10000)) == pytest.approx(1.53, abs=0.005)
+    assert list(Schedule(12, first_layer=2, step=4, stages=2, ratio=0.5).items()) == [(2, 0.5), (6, 0.25)]
+
+
+def test_schedule_alive():
+    """Counts alive per layer of an explicit schedule, in any order given; the protected tokens are a floor."""
+    assert Schedule(6, {4: 0.25, 2: 0.5}).alive(40) == [40, 40, 20, 20, 10, 10]
+    assert Schedule(6, {4: 0.01, 0: 0.5}).alive(40) == [20, 20, 20, 20, 8, 8]
+    assert Schedule(2, {0: 0.0}).alive(3) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "layers, shares, named",
+    [(6, {6: 0.5}, "layer 6"), (6, {-1: 0.5}, "layer -1"), (6, {2: 1.5}, "1.5"), (6, {2: -0.1}, "-0.1"), (6, {2: 0.5, 3: 0.6}, "0.6"),
+     (6, {2: float("nan")}, "nan"), (6, {}, "no stage"), (4, None, "no stage")],
+)  # fmt: skip
+def test_schedule_refuses(layers, shares, named):
+    """A stage outside the model, a share that grows or is none, and a schedule without a stage are refused by name."""
+    with pytest.raises(ValueError, match=named):
+        Schedule(layers, shares)
+
+
+def test_select_ties():
+    """Of equal scores the later token stays; protected tokens stay whatever they score; rows ascend."""
+    n, positions = 20, torch.arange(20)  # protected: 0 to 3, 18 and 19
+    keep, kept = select(torch.zeros(n), positions, 0.5, [n], [n])
+    assert keep.tolist() == [0, 1, 2, 3, 14, 15, 16, 17, 18, 19] and kept == [10]
+    scores = torch.where(is_protected(positions, n), -torch.inf, -positions.float())
+    assert select(scores, positions, 0.5, [n], [n])[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 18, 19]
+    assert select(scores, positions, 0.0, [n], [n])[0].tolist() == [0, 1, 2, 3, 18, 19]
+
+
+@given(st.data(), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.floats(0, 1))
+def test_select_equals_python_sort(data, prompt_lens, share):
+    """select, packed, over prompts that have lost tokens before, equals a Python sort of each prompt by itself; few distinct scores, so many ties."""
+    parts, scores, wanted = [], [], []
+    for n in prompt_lens:
+        alive = [p for p in range(n) if is_protected(torch.tensor(p), n) or data.draw(st.booleans())]
+        parts.append(alive)
+        scores.append(data.draw(st.lists(st.sampled_from([-torch.inf, -1.5, 0.0, 0.25, 3.0]), min_size=len(alive), max_size=len(alive))))
+        wanted.append(kept_by_sort(scores[-1], alive, n, share))
+    positions = torch.tensor(sum(parts, []))
+    keep, kept = select(torch.tensor(sum(scores, [])), positions, share, [len(p) for p in parts], prompt_lens)
+    assert [p.tolist() for p in positions[keep].split(kept)] == wanted
+    assert (keep.diff() > 0).all()
+    for n, alive, s, w in zip(prompt_lens, parts, scores, wanted):  # packed equals single
+        assert [alive[i] for i in select(torch.tensor(s), torch.tensor(alive), share, [len(alive)], [n])[0]] == w
+
+
+def test_select_not_a_number():
+    """A score that is no number, or infinite, never takes the place of a protected token."""
+    scores = torch.tensor([1.0] * 4 + [torch.nan] * 5 + [torch.inf] * 5 + [0.0] * 6)
+    keep, _ = select(scores, torch.arange(20), 0.3, [20], [20])
+    assert keep.tolist() == [0, 1, 2, 3, 18, 19]
+
+
+# ---------------------------------------------------------------------------- prefill
+
+
+@each_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ratio_1_changes_no_bit(fields, dtype, monkeypatch):
+    """Ratio 1, with select really called at every stage, gives logits and K/V torch.equal to prefill without a schedule."""
+    model, lens, calls = tiny.build(dtype, **fields), [40, 3, 21], []
+    monkeypatch.setattr(sdtp, "select", lambda *args: calls.append(args) or select(*args))
+    ids, schedule = torch.cat([tiny.ids(n) for n in lens]), stages(1.0)
+    for ids, lens in ((ids, lens), (ids[:40], None)):
+        calls.clear()
+        dense, dense_cache = prefill(model, ids, seqlens=lens)
+        assert not calls
+        pruned, cache = prefill(model, ids, random_heads(model), schedule, lens)
+        assert len(calls) == len(schedule) and torch.equal(pruned, dense)
+        for a, b in zip(cache.layers, dense_cache.layers):
+            assert all(torch.equal(t, u) for t, u in zip(a.rows(), b.rows(), strict=True))
+
+
+@each_model
+@pytest.mark.parametrize("ratio", [1, 0.9, 0.5, 0.1])
+def test_pruned_equals_hidden(fields, ratio):
+    """Pruned prefill of 1 to 50 tokens has the logits and K/V of a model that hides the dropped tokens, which stay in place."""
+    model, schedule = tiny.build(**fields), stages(ratio)
+    heads, dropped = random_heads(model), 0
+    for n in range(1, 51):
+        ids = tiny.ids(n)
+        logits, cache = prefill(model, ids, heads, schedule)
+        expected, layers = hidden_not_dropped(model, ids, n, heads, schedule)
+        assert logits.shape == (1, 61) and (logits[0] - expected[-1]).abs().max() < 1e-10
+        for layer, (kept, k, v) in zip(cache.layers, layers):
+            got_k, got_v, positions = layer.rows()
+            assert torch.equal(positions, kept)
+            assert (got_k - k[kept]).abs().max() < 1e-10 and (got_v - v[kept]).abs().max() < 1e-10
+        assert [c[0] for c in cache.seqlens()] == schedule.alive(n)
+        dropped += n - schedule.alive(n)[-1]
+    assert dropped > 50 if ratio < 1 else dropped == 0
+
+
+@each_model
+def test_packed_equals_single(fields):
+    """A packed ragged batch keeps the same tokens, K/V and logits as each prompt by itself, with real heads too."""
+    model, lens, schedule = tiny.build(**fields), [1, 33, 50, 7, 12], stages(0.6)
+    torch.manual_seed(0)
+    prompts = [tiny.ids(n, seed) for seed, n in enumerate(lens)]
+    for heads in (random_heads(model), {layer: PruneHead(32) for layer in schedule}):
+        logits, cache = prefill(model, torch.cat(prompts), heads, schedule, lens)
+        assert logits.shape == (5, 61)
+        for i, prompt in enumerate(prompts):
+            single, single_cache = prefill(model, prompt, heads, schedule)
+            assert (logits[i] - single[0]).abs().max() < 1e-10
+            for a, b in zip(cache.layers, single_cache.layers):
+                k, v, positions = (t.split(a.seqlens)[i] for t in a.rows())
+                assert torch.equal(positions, b.rows()[2])
+                assert (k - b.rows()[0]).abs().max() < 1e-10 and (v - b.rows()[1]).abs().max() < 1e-10
+
+
+@each_model
+@pytest.mark.parametrize("extra", [0, 20])
+def test_decoding_after_pruning(fields, extra):
+    """Rows added to a pruned cache, one or several at a time, have the logits of a full recomputation in which the dropped tokens are hidden."""
+    model, lens, schedule = tiny.build(**fields), [40, 18], stages(0.6)
+    heads, whole = random_heads(model), [tiny.ids(54, 1), tiny.ids(32, 2)]
+    expected = [hidden_not_dropped(model, ids, n, heads, schedule)[0] for ids, n in zip(whole, lens)]
+    cache = KVCache(5, extra)
+    first, _ = prefill(model, torch.cat([ids[:n] for ids, n in zip(whole, lens)]), heads, schedule, lens, cache)
+    assert all((f - e[n - 1]).abs().max() < 1e-10 for f, e, n in zip(first, expected, lens))
+    at = list(lens)
+    for step in ([1, 1], [1, 1], [4, 1], [2, 5], [1, 1], [5, 5]):
+        ids = torch.cat([ids[a : a + s] for ids, a, s in zip(whole, at, step)])
+        positions = torch.cat([torch.arange(a, a + s) for a, s in zip(at, step)])  # on from N, not from the number kept
+        got = model(ids, positions, step, cache).split(step)
+        assert all((g - e[a : a + s]).abs().max() < 1e-10 for g, e, a, s in zip(got, expected, at, step))
+        at = [a + s for a, s in zip(at, step)]
+
+
+def test_last_row_only(monkeypatch):
+    """The output layer runs on one row per prompt."""
+    model, rows = tiny.build(**MODELS["full"]), []
+    monkeypatch.setattr(model, "logits", lambda x: rows.append(len(x)) or Transformer.logits(model, x))
+    prefill(model, tiny.ids(30), random_heads(model), stages(0.5), [20, 10])
+    assert rows == [2]
+
+
+def test_cache_is_allocated_for_the_alive():
+    """KV bytes are those of the tokens alive per layer and of the tokens to come, nothing for the dropped."""
+    model, schedule, cache = tiny.build(**MODELS["full"]), stages(0.5), KVCache(5, extra=3)
+    prefill(model, tiny.ids(50), random_heads(model), schedule, None, cache)
+    assert cache.nbytes() == sum(n + 3 for n in schedule.alive(50)) * 2 * 8 * 8 * 2  # heads, head_dim, float64, k and v
+
+
+@pytest.mark.parametrize("layers", [(1,), (1, 2, 4)])
+def test_guard(layers, monkeypatch):
+    """A selection that drops nothing, though the schedule asks for it, is an error and not a slow dense run."""
+    model = tiny.build(**MODELS["full"])
+    monkeypatch.setattr(sdtp, "select", lambda scores, positions, share, seqlens, prompt_lens: (torch.arange(len(scores)), seqlens))
+    with pytest.raises(RuntimeError, match="layer 1 holds .40. tokens"):
+        prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {layer: 0.5 for layer in layers}))
+    with pytest.raises(RuntimeError, match="not applied"):
+        generate(model, tiny.ids(40), 2, random_heads(model), stages(0.5))
+
+
+def test_prefill_refuses():
+    """A prompt beyond max_position_embeddings and an empty one, in a batch too, are refused before anything runs."""
+    model = tiny.build()
+    with pytest.raises(ValueError, match="65 tokens .* 64 positions"):
+        prefill(model, tiny.ids(65))
+    for ids, lens in ((tiny.ids(5), [5, 0]), (tiny.ids(5)[:0], None)):
+        with pytest.raises(ValueError, match="empty"):
+            prefill(model, ids, seqlens=lens)
+
+
+# ---------------------------------------------------------------------------- generate
+
+
+def argmax_loop(model, ids, new, heads=None, schedule=()):
+    """Greedy continuation by full recomputation of prompt and new tokens at every step."""
+    whole = ids
+    for _ in range(new):
+        logits = hidden_not_dropped(model, whole, len(ids), heads, schedule)[0]
+        whole = torch.cat((whole, logits[-1:].argmax(-1)))
+    return whole[len(ids) :].tolist()
+
+
+@each_model
+def test_generate_greedy(fields):
+    """Greedy generation, dense and pruned, ragged batch and single, equals an argmax loop without a cache."""
+    model, lens, schedule = tiny.build(**fields), [30, 5, 17], stages(0.5)
+    heads, prompts = random_heads(model), [tiny.ids(n) for n in lens]
+    for args in ((), (heads, schedule)):
+        expected = [argmax_loop(model, ids, 12, *args) for ids in prompts]
+        assert generate(model, torch.cat(prompts), 12, *args, seqlens=lens) == expected
+        assert [generate(model, ids, 12, *args)[0] for ids in prompts] == expected
+    assert len({t for e in expected for t in e}) > 5
+
+
+def test_generate_stops():
+    """A sequence ends by and with its first end-of-sequence token, others go on; on_token gets every step; the cache is the caller's."""
+    model, lens, steps = tiny.build(), [20, 11], []
+    ids = torch.cat([tiny.ids(n) for n in lens])
+    free = generate(model, ids, 10, seqlens=lens)
+    eos = free[0][3]
+    cut = [f[: f.index(eos) + 1] if eos in f else f for f in free]
+    assert generate(model, ids, 10, seqlens=lens, eos_token_ids=(60, eos), on_token=steps.append) == cut
+    assert len(steps) == max(map(len, cut)) and [s[0] for s in steps][: len(cut[0])] == cut[0] and len(cut[0]) < 10
+    cache = KVCache(3, extra=10)
+    assert len(generate(model, ids[:20], 10, cache=cache, eos_token_ids=[eos])[0]) == len(cut[0])
+    assert cache.seqlens() == [[20 + len(cut[0]) - 1]] * 3
+    assert generate(model, ids, 0, seqlens=lens) == [[], []]
+
+
+def test_generate_positions():
+    """Prompt and new tokens may fill the model's positions exactly; one more is refused before anything runs."""
+    model = tiny.build()
+    assert len(generate(model, tiny.ids(60), 4)[0]) == 4
+    with pytest.raises(ValueError, match="60 tokens and 5 new"):
+        generate(model, tiny.ids(60), 5)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.4)])
+def test_sampling_distribution(temperature, top_p):
+    """Frequencies of 40,000 draws are the softmax of logits / temperature, cut to the smallest set that reaches top_p."""
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    probs, total = (logits / temperature).softmax(-1).tolist(), 0.0
+    wanted = [0.0] * 8
+    for i in sorted(range(8), key=lambda i: -probs[i]):
+        if total < top_p:
+            wanted[i] = probs[i]
+        total += probs[i]
+    draws = sdtp.sample_token(logits.expand(40000, 8), temperature, top_p, torch.Generator().manual_seed(1))
+    got = draws.bincount(minlength=8) / 40000
+    assert (got - torch.tensor(wanted) / sum(wanted)).abs().max() < 0.01
+    assert all((g == 0) == (w == 0) for g, w in zip(got.tolist(), wanted))
+
+
+def test_generate_sampling():
+    """A tiny top_p is greedy; the same generator seed gives the same tokens and another seed others."""
+    model, ids = tiny.build(), tiny.ids(20)
+    greedy = generate(model, ids, 12)
+    assert generate(model, ids, 12, temperature=1.5, top_p=1e-6) == greedy
+    a, b, c = (generate(model, ids, 12, temperature=2.0, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert a == b != c
+
+
+# ---------------------------------------------------------------------------- the heads
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint read from disk, and heads written for it."""
+    torch.manual_seed(0)
+    model = Transformer.from_pretrained(tiny.write(tmp_path / "ckpt"), torch.float32)
+    schedule = Schedule(3, {1: 0.7, 2: 0.49})
+    heads = {layer: PruneHead(32) for layer in schedule}
+    save_heads(tmp_path / "heads", heads, model, schedule, teacher="grad_norm", ckpt="tiny")
+    return model, heads, schedule, tmp_path
+
+
+def test_score():
+    """A head's score is keep minus drop logit in float32, of Linear(d/4 -> 2)(GELU(Linear(d -> d/4))), whatever dtype x has."""
+    torch.manual_seed(0)
+    head, x = PruneHead(32), 3 * torch.randn(20, 32)
+    assert [tuple(p.shape) for p in head.parameters()] == [(8, 32), (8,), (2, 8), (2,)]
+    w1, b1, w2, b2 = (p.detach().double() for p in head.parameters())
+    hidden = x.double() @ w1.T + b1
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    keep, drop = (hidden @ w2.T + b2).unbind(-1)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        score = head(x.to(dtype))
+        assert score.dtype == torch.float32 and (score - (keep - drop)).abs().max() < tolerance
+    assert (keep - drop).std() > 0.3
+
+
+def test_heads_round_trip(saved):
+    """Loaded heads score as the saved ones do, bit for bit, with their schedule and info; they take no gradients."""
+    model, heads, schedule, folder = saved
+    loaded, loaded_schedule, info = load_heads(folder / "heads", model)
+    x = torch.randn(9, 32)
+    assert loaded_schedule == schedule and loaded_schedule.alive(30) == schedule.alive(30) and list(loaded) == list(heads)
+    assert all(torch.equal(loaded[layer](x), heads[layer](x)) for layer in heads)
+    assert not any(p.requires_grad for head in loaded.values() for p in head.parameters())
+    assert info["teacher"] == "grad_norm" and info["ckpt"] == "tiny"
+    assert torch.equal(prefill(model, tiny.ids(30), loaded, loaded_schedule)[0], prefill(model, tiny.ids(30), heads, schedule)[0])
+
+
+def test_fingerprint(saved):
+    """A checkpoint has one fingerprint in float32 and bfloat16; one changed weight in any tensor, or a tied output, has another."""
+    model, _, _, folder = saved
+    print_ = sdtp.fingerprint(model)
+    assert print_ == sdtp.fingerprint(Transformer.from_pretrained(folder / "ckpt", torch.bfloat16))
+    load_heads(folder / "heads", Transformer.from_pretrained(folder / "ckpt", torch.bfloat16))
+    for p in model.parameters():
+        old = p.flatten()[0].item()
+        p.view(-1)[0] = old + 1
+        assert sdtp.fingerprint(model) != print_
+        p.view(-1)[0] = old
+    assert sdtp.fingerprint(model) == print_
+    tied = Transformer.from_pretrained(tiny.write(folder / "tied", tie_word_embeddings=True))
+    assert sdtp.fingerprint(tied) != print_
+
+
+def test_heads_of_another_checkpoint(saved):
+    """Heads refuse another checkpoint of the same shape, and say whose they are."""
+    model, _, _, folder = saved
+    with pytest.raises(ValueError, match="another checkpoint .tiny."):
+        load_heads(folder / "heads", tiny.randomise(model, seed=1))
+
+
+def no_schedule(folder):
+    meta = json.loads((folder / "heads.json").read_text())
+    del meta["schedule"]
+    (folder / "heads.json").write_text(json.dumps(meta))
+
+
+def other_schedule(folder, shares):
+    meta = json.loads((folder / "heads.json").read_text())
+    (folder / "heads.json").write_text(json.dumps({**meta, "schedule": shares}))
+
+
+@pytest.mark.parametrize(
+    "spoil, error, named",
+    [
+        (lambda f: (f / "heads.json").unlink(), FileNotFoundError, "heads.json"),
+        (lambda f: (f / "heads.safetensors").unlink(), FileNotFoundError, "heads.safetensors"),
+        (lambda f: (f / "heads.json").write_text("{"), ValueError, "heads.json"),
+        (lambda f: (f / "heads.json").write_text("[]"), ValueError, "heads.json"),
+        (lambda f: (f / "heads.json").write_text("{}"), ValueError, "another checkpoint"),
+        (lambda f: (f / "heads.safetensors").write_bytes((f / "heads.safetensors").read_bytes()[:-9]), ValueError, "heads.safetensors"),
+        (no_schedule, ValueError, "heads.json"),
+        (lambda f: other_schedule(f, {"7": 0.5}), ValueError, "layer 7"),
+        (lambda f: other_schedule(f, {"0": 0.7, "1": 0.5, "2": 0.4}), ValueError, "0.fc1.weight"),
+        (lambda f: other_schedule(f, {"1": 0.5}), ValueError, "2.fc1.bias"),
+    ],
+)  # fmt: skip
+def test_damaged_heads(spoil, error, named, saved):
+    """A missing, damaged or inconsistent file is one line that names it."""
+    model, _, _, folder = saved
+    spoil(folder / "heads")
+    with pytest.raises(error) as caught:
+        load_heads(folder / "heads", model)
+    assert named in str(caught.value) and "\n" not in str(caught.value) and str(folder / "heads") in str(caught.value)
+
+
+def test_write_atomic(tmp_path, monkeypatch):
+    """A failed write leaves the old file, whole, and no other; the folder is made."""
+    path = tmp_path / "new" / "file"
+    write_atomic(path, b"old")
+    write_atomic(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    for broken in ("fsync", "replace"):
+        monkeypatch.setattr(f"os.{broken}", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_atomic(path, b"lost")
+        monkeypatch.undo()
+        assert path.read_bytes() == b"newer" and list(path.parent.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------- on CUDA
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@each_model
+def test_cuda_equals_cpu(fields):
+    """Pruned prefill and greedy generation of a ragged batch on CUDA, in float64, keep the tokens and logits of the CPU."""
+    model, lens, schedule = tiny.build(**fields), [30, 5, 17], stages(0.5)
+    ids, heads = torch.cat([tiny.ids(n) for n in lens]), {layer: PruneHead(32) for layer in schedule}
+    expected, cache = prefill(model, ids, heads, schedule, lens)
+    tokens = generate(model, ids, 12, heads, schedule, seqlens=lens)
+    model.cuda()
+    heads = {layer: head.cuda() for layer, head in heads.items()}
+    got, cuda_cache = prefill(model, ids.cuda(), heads, schedule, lens)
+    assert (got.cpu() - expected).abs().max() < 1e-9
+    assert all(torch.equal(a.rows()[2], b.rows()[2].cpu()) for a, b in zip(cache.layers, cuda_cache.layers))
+    assert generate(model, ids.cuda(), 12, heads, schedule, seqlens=lens) == tokens

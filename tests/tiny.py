@@ -1,0 +1,50 @@
+"""Tiny random models whose logits have a standard deviation of 1 or more: tiny logits let wrong code pass."""
+
+import json
+
+import safetensors.torch
+import torch
+
+from model import Config, Transformer
+
+SIZES = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def randomise(model, gemma=False, seed=0):
+    """Weights large enough for sharp attention, biases and norms that matter; same names here and in transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            if "norm" in name:
+                noise = 0.3 * noise + (0 if gemma else 1)
+            elif "embed_tokens" not in name:
+                noise = 0.5 * noise if p.dim() == 1 else 1.5 * noise / p.shape[1] ** 0.5
+            p.copy_(noise)
+    return model
+
+
+def build(dtype=torch.float64, model_type="llama", **fields):
+    """A random Transformer of SIZES, changed by `fields` of a config.json."""
+    model = Transformer(Config.from_dict({**SIZES, "model_type": model_type, **fields}))
+    model = randomise(model, model_type == "gemma").to(dtype)
+    assert model(ids(40)).std() >= 1
+    return model
+
+
+def ids(n, seed=0):
+    return torch.randint(SIZES["vocab_size"], (n,), generator=torch.Generator().manual_seed(1000 * seed + n))
+
+
+def write(folder, **fields):
+    """A checkpoint folder as the hub has them: config.json and model.safetensors of a random Llama."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {**SIZES, "model_type": "llama", **fields}
+    (folder / "config.json").write_text(json.dumps(raw))
+    state = randomise(Transformer(Config.from_dict(raw))).state_dict()
+    tensors = {(name if name.startswith("lm_head") else f"model.{name}"): t for name, t in state.items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return folder
