@@ -93,17 +93,17 @@ def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=No
 def masked_sdpa(q, k, v, positions, alive, window=None):
     """masked_attend() for one sequence: q: (T, Hq, D), k, v: (T, Hkv, D), alive: (T,) -> (T, Hq, D)."""
     T, groups = len(q), q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)  # (Hkv, G, T, D)
+    q = q.unflatten(1, (-1, groups)).permute(1, 2, 0, 3) * q.shape[-1] ** -0.5  # (Hkv, G, T, D)
     k, v = k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)  # (Hkv, 1, T, D)
-    a = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).to(alive.dtype)  # (Hkv, G, T, T)
+    a = (q @ k.transpose(-1, -2)).to(alive.dtype)  # (Hkv, G, T, T)
     eye = torch.eye(T, dtype=torch.bool, device=q.device)
     weight = torch.where(eye, 1.0, alive) * visible(positions, positions, window)  # (T, T): M_j or [i = j]
     # The maximum over what is kept makes the forward exact; a dropped token far above it would overflow,
     # and is held at e^30 times the largest kept weight (its own weight is 0, only dL/dM feels it).
     top = a.detach().masked_fill(weight.detach() == 0, -math.inf).amax(-1, keepdim=True)
     e = (a - top).clamp(max=30.0).exp() * weight
-    out = (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v  # (Hkv, G, T, D)
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
+    out = (e.to(v.dtype) @ v) / e.sum(-1, keepdim=True)  # (Hkv, G, T, D)
+    return out.to(v.dtype).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, checkpoint_blocks=False):
