@@ -58,7 +58,7 @@ def executed_flops(config, cache, schedule=None):
     linear = sum(linear_flops(config, len(p)) for p in alive) + 2 * config.vocab_size * config.hidden_size
     attention = sum(4 * config.head_dim * config.num_attention_heads * pairs(p, config.window(layer)) for layer, p in enumerate(alive))
     per_row = 2 * config.hidden_size * (config.hidden_size // 4) + 4 * (config.hidden_size // 4)
-    heads = sum(per_row * (len(alive[layer - 1]) if layer else len(alive[0])) for layer in schedule or ())
+    heads = sum(per_row * (len(alive[layer - 1]) if layer else int(alive[0][-1]) + 1) for layer in schedule or ())
     return linear, attention, heads
 
 

@@ -72,7 +72,10 @@ def load_model(config):
 def origin():
     """Where a figure comes from: commit, command, versions, machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "commit": commit,
@@ -85,7 +88,8 @@ def origin():
 def write_rows(path, rows, **more):
     """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
     if path:
-        write_atomic(path, (json.dumps([{**row, **more, **origin()} for row in rows], indent=1) + "\n").encode())
+        more |= origin()
+        write_atomic(path, (json.dumps([{**row, **more} for row in rows], indent=1) + "\n").encode())
 
 
 def heads_and_schedule(config, model, keep=0.0, needed=True):

@@ -58,7 +58,7 @@ def text_windows(text, tokenizer, prompt_len, score_len):
 def read_rows(path):
     """The rows of a jsonl file in Dolly's fields; ValueError names the line."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:

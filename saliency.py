@@ -79,9 +79,9 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
         for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
             for rows in torch.arange(len(p)).split(block):
                 weights = attention_weights(q[rows], k, p[rows], p, attention.window)  # (Hq, rows, K)
-                seen = (p[rows] + 1).clamp(max=attention.window)  # visible tokens
+                seen = (p[rows] + 1).clamp(max=attention.window or len(p))  # visible tokens
                 entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
-                parts.append(1 - entropy)
+                parts.append((1 - entropy).clamp(min=0))  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
     return labels
 
@@ -145,11 +145,14 @@ def main():
     from tokenizer import Tokenizer
 
     config = cli.parse(SaliencyConfig, __doc__)
+    if bool(config.prompt) == bool(config.prompt_file):
+        raise ValueError("give --prompt TEXT or --prompt_file FILE")
+    text = config.prompt or read_text(config.prompt_file)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
-    ids = tokenizer.encode(config.prompt or read_text(config.prompt_file))[: config.max_tokens]
+    ids = tokenizer.encode(text)[: config.max_tokens]
     if len(ids) < 2:
-        raise ValueError("nothing to label: give --prompt or --prompt_file with at least two tokens")
+        raise ValueError(f"nothing to label: {len(ids)} tokens, at least two are needed")
     labels = label(model, torch.tensor(ids, device=config.device), range(len(model.layers)), config.teacher)
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ def main():
     for row in rows:
         print(f"layer {row['layer']:3d} | {row['share']:6.1%} of {len(ids)} tokens above 10 % of the maximum")
     print(f"figures in {out}/")
-    cli.write_rows(config.json, rows)
+    cli.write_rows(config.json, rows, seed=None)  # nothing here is random
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def main():
     config = cli.parse(SampleConfig, __doc__)
     if bool(config.prompt) == bool(config.prompt_file):
         raise ValueError("give --prompt TEXT or --prompt_file FILE")
+    if config.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {config.max_new_tokens}: at least 1 is needed")
     text = config.prompt or read_text(config.prompt_file)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)

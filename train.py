@@ -21,6 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import cli
@@ -228,7 +229,7 @@ def pack(model, examples, schedule, config):
     if not config.label_cache:
         return ids, seqlens, prompt_lens, compute()
     # A batch whose prompts are all in the cache costs no pass; otherwise the batch is labelled whole.
-    keys = [f"{config.label_key}{e.prompt}{e.response}" for e in examples]
+    keys = [f"{config.label_key}{layers}{e.prompt}{e.response}" for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):
         parts = zip(*(s.cpu().split(seqlens) for s in compute().values()))  # per prompt, its stages
@@ -259,7 +260,10 @@ def save_checkpoint(path, heads, optimizer, step):
 
 def load_checkpoint(path, heads, optimizer):
     """Restores what save_checkpoint wrote; returns the step."""
-    tensors = safetensors.torch.load_file(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and start again") from None
     for name, p in parameters(heads).items():
         p.data.copy_(tensors[f"heads.{name}"])
         optimizer.state[p] = {key: tensors[f"adamw.{name}.{key}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -286,7 +290,8 @@ def start_or_resume(config, heads, optimizer):
     if not path.is_file():
         if (out / "heads" / "heads.json").is_file():
             raise ValueError(f"--resume: the run in {out} is finished")
-        return 0, []  # killed before its first checkpoint
+        write_atomic(out / "log.jsonl", b"")  # killed before its first checkpoint: all over again
+        return 0, []
     step = load_checkpoint(path, heads, optimizer)
     lines = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines() if line.endswith("}")]
     history = [line for line in lines if line["step"] <= step]
@@ -412,6 +417,9 @@ def main():
     for name, choices in (("teacher", saliency.TEACHERS), ("label_loss", ("response", "all")), ("rank_reduction", ("mean", "sum"))):
         if getattr(config, name) not in choices:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
+    for name in ("epochs", "batch_tokens", "accumulate", "checkpoint_every", "step"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     config.data = config.data or ("pydoc" if config.ckpt == TrainConfig.ckpt else "dolly")
     model, folder = cli.load_model(config)
     config.label_key = f"{fingerprint(model)} {config.teacher} {config.label_loss} "

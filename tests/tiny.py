@@ -48,3 +48,23 @@ def write(folder, **fields):
     tensors = {(name if name.startswith("lm_head") else f"model.{name}"): t for name, t in state.items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+ALPHABET = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789 \n.,:;?!'-()#<|>"]
+
+
+def checkpoint(folder, chat_template=None, **fields):
+    """write(), and a tokenizer.json of single characters that begins a text with <s>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    write(folder, bos_token_id=1, eos_token_id=2, **fields)
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(ALPHABET[:3])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,219 @@
+"""Every script, run as __main__: a user's mistake is one line and a non-zero exit; flags; origin of --json rows."""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import cli
+from model import Transformer
+from sdtp import PruneHead, Schedule, save_heads
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {  # script -> the flags that it needs beside --ckpt to get to the model
+    "train.py": ["--data", "text.txt"],
+    "sample.py": ["--prompt", "hello there, how are you"],
+    "eval_tasks.py": ["--text", "text.txt"],
+    "bench.py": ["--lengths", "20"],
+    "saliency.py": ["--prompt", "hello"],
+}
+each_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a checkpoint and its heads, another checkpoint, damaged ones, and inputs good and bad."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, fields in {"tiny": {}, "other": {"rms_norm_eps": 1e-5}, "cut": {}}.items():
+        tiny.checkpoint(folder / name, num_hidden_layers=5, **fields)
+    torch.manual_seed(0)
+    for name, seed in {"tiny": 0, "other": 1}.items():
+        model = tiny.randomise(Transformer.from_pretrained(folder / name, torch.float32), seed=seed)
+        schedule = Schedule(5, {2: 0.5, 4: 0.3})
+        save_heads(folder / "heads" / name, {layer: PruneHead(32) for layer in schedule}, model, schedule, ckpt=name)
+    weights = (folder / "cut" / "model.safetensors").read_bytes()
+    (folder / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    shutil.copytree(folder / "heads" / "tiny", folder / "heads" / "cut")
+    heads = (folder / "heads" / "cut" / "heads.safetensors").read_bytes()
+    (folder / "heads" / "cut" / "heads.safetensors").write_bytes(heads[:-50])
+    (folder / "text.txt").write_text("some words and more words. " * 40)
+    (folder / "bad.jsonl").write_text('{"instruction": "a", "context": "b", "response": "c"}\n{"instruction": \n')
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, capsys):
+    """Run a script as __main__ in the world's folder; returns (exit status, what goes to stderr)."""
+
+    def script(name, *argv):
+        monkeypatch.chdir(world)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:  # the interpreter prints a text and exits with 1
+            return (1, end.code) if isinstance(end.code, str) else (end.code or 0, capsys.readouterr().err)
+        return 0, capsys.readouterr().err
+
+    return script
+
+
+def one_line(result, *words):
+    status, error = result
+    assert status == 1 and "\n" not in error and "Traceback" not in error
+    for word in words:
+        assert str(word) in error
+
+
+@each_script
+def test_bad_checkpoints(run, script):
+    """No such folder, an unknown name, a folder without config.json and truncated weights, at every script."""
+    flags = SCRIPTS[script]
+    one_line(run(script, "--ckpt", "no/such/folder", *flags), script, "no/such/folder", "known")
+    one_line(run(script, "--ckpt", "gpt-17", *flags), script, "gpt-17", "smollm2-135m-q4")
+    one_line(run(script, "--ckpt", "heads", *flags), "heads/config.json")
+    one_line(run(script, "--ckpt", "cut", *flags), "cut/model.safetensors", "damaged")
+
+
+@each_script
+def test_bad_flags(run, script):
+    """An unknown or shortened flag and a wrong type are argparse's usage; a bad dtype or device is one line."""
+    for flags in (["--nope", "1"], ["--ckp", "tiny"], ["--seed" if script != "saliency.py" else "--max_tokens", "x"]):
+        status, error = run(script, *flags)
+        assert status == 2 and error.startswith("usage:") and flags[0] in error and "Traceback" not in error
+    one_line(run(script, "--ckpt", "tiny", "--dtype", "int8", *SCRIPTS[script]), "--dtype int8", "bfloat16")
+    one_line(run(script, "--ckpt", "tiny", "--device", "tpu", *SCRIPTS[script]), "--device tpu")
+
+
+MISTAKES = {
+    "sample.py --prompt_file nowhere.txt": "nowhere.txt does not exist",
+    "sample.py": "--prompt",
+    "sample.py --prompt a --prompt_file text.txt": "--prompt",
+    "sample.py --prompt_file text.txt --dense": "beyond the model's 64 positions",
+    "sample.py --prompt abc --max_new_tokens 0": "--max_new_tokens 0",
+    "sample.py --prompt abc --chat": "no chat_template",
+    "sample.py --prompt abc --heads heads/other": "another checkpoint (other)",
+    "sample.py --prompt abc --heads heads/cut": "heads/cut",
+    "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
+    "sample.py --prompt abc --heads heads/tiny --keep 1.5": "share at layer 2 is 1.5",
+    "eval_tasks.py --text text.txt --heads heads/other": "another checkpoint",
+    "eval_tasks.py --text nowhere.txt": "nowhere.txt does not exist",
+    "eval_tasks.py --text text.txt --data pydoc": "--text",
+    "eval_tasks.py --text text.txt --tasks chess": "--tasks chess",
+    "eval_tasks.py --text text.txt --prompt_len 20 --score_len 5 --methods dense,magic": "'magic'",
+    "eval_tasks.py --text text.txt --prompt_len 2000 --methods random": "no prompt",
+    "eval_tasks.py --data bad.jsonl": "bad.jsonl, line 2",
+    "train.py --data bad.jsonl": "bad.jsonl, line 2",
+    "train.py --data text.csv": "--data text.csv",
+    "train.py --data text.txt": "0 held-out",
+    "train.py --data text.txt --prompt_len 60 --score_len 20": "beyond the model's 64 positions",
+    "train.py --data text.txt --teacher magic": "--teacher magic",
+    "train.py --data text.txt --checkpoint_every 0": "--checkpoint_every 0",
+    "train.py --data text.txt --epochs 0": "--epochs 0",
+    "train.py --data text.txt --first_layer 5": "no stage",
+    "train.py --data text.txt --resume --out_dir new --prompt_len 20 --score_len 5": "new/config.json does not exist",
+    "bench.py --lengths 20,many": "--lengths 20,many",
+    "bench.py --lengths 65": "beyond the model's 64 positions",
+    "bench.py --heads heads/other --lengths 20": "another checkpoint",
+    "bench.py --text text.txt --lengths 4000": "only 1081 tokens",
+    "saliency.py": "--prompt",
+    "saliency.py --prompt_file nowhere.txt": "nowhere.txt does not exist",
+    "saliency.py --prompt_file text.txt": "beyond the model's 64 positions",
+    "saliency.py --prompt abc --teacher magic": "'magic'",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes(run, command, tmp_path):
+    """Each of a user's other mistakes ends in one line that names it."""
+    script, *flags = command.split()
+    out = ["--out_dir", tmp_path] if script == "train.py" and "--out_dir" not in flags else []
+    one_line(run(script, "--ckpt", "tiny", *flags, "--dtype", "float32", *out), script, MISTAKES[command])
+
+
+def test_from_outside(world):
+    """As a process: one line on stderr, status 1; download.py as well."""
+    for command in (["sample.py", "--ckpt", "cut", "--prompt", "a"], ["download.py", "gpt-17"]):
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, cwd=world)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+        assert command[-1] in done.stderr or "damaged" in done.stderr
+
+
+def test_sample_compare(run, tmp_path):
+    """sample.py --compare prints dense and pruned text and counts; its --json rows carry their origin."""
+    flags = ["--ckpt", "tiny", "--prompt", "hello there, how are you today?", "--compare", "--max_new_tokens", 5]
+    status, _ = run("sample.py", *flags, "--dtype", "float32", "--seed", 7, "--json", tmp_path / "r.json")
+    assert status == 0
+    dense, pruned = json.loads((tmp_path / "r.json").read_text())
+    n = len("hello there, how are you today?") + 1
+    alive = [n, n, n // 2, n // 2, 0.3 * n]
+    assert dense["alive"] == " ".join([str(n)] * 5) and pruned["alive"] == " ".join(str(int(a + 0.5)) for a in alive)
+    assert dense["method"] == "dense" and pruned["method"] == "sdtp" and pruned["kv_bytes"] < dense["kv_bytes"]
+    # keys and values, 2 heads of 8 float32 numbers, of what is alive and the tokens to come
+    assert pruned["kv_bytes"] == sum(2 * 2 * 8 * 4 * (int(a + 0.5) + 5) for a in alive)
+    for row in (dense, pruned):
+        assert {"commit", "versions", "machine"} <= row.keys() and row["seed"] == 7 and row["command"].startswith("python sample.py --ckpt tiny")
+
+
+def test_keep_at_the_floor_says_so(run):
+    """A share below what is protected keeps the floor, and the line says so."""
+    flags = ["--ckpt", "tiny", "--prompt", "hello there, how are you today?", "--keep", 0.05, "--max_new_tokens", 3, "--dtype", "float32"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run("sample.py", *flags)[0] == 0
+    assert "32 32 7 7 7 (the floor: protected tokens only)" in out.getvalue()
+
+
+def test_flags_come_from_the_dataclass(capsys):
+    """Flags, types, defaults and help are the fields'; booleans have a --no form; the resolved config is printed."""
+
+    @dataclass
+    class Options:
+        size: int = 3  # how many: 100 % of them
+        name: str = "x"  # what it is called
+        rate: float = 0.5  # how fast
+        loud: bool = False  # say so
+
+    assert cli.parse(Options, "doc", []) == Options()
+    assert capsys.readouterr().out == "size=3 name='x' rate=0.5 loud=False\n"
+    assert cli.parse(Options, "doc", "--size 4 --name y --rate 1e-3 --loud".split()) == Options(4, "y", 0.001, True)
+    assert cli.parse(Options, "doc", ["--no-loud"]).loud is False
+    with pytest.raises(SystemExit):
+        cli.parse(Options, "the doc", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the doc" in shown and "how many: 100 % of them (default: 3)" in shown and "say so (default: False)" in shown
+
+
+@each_script
+def test_every_flag_has_help(script):
+    """Every field of every script has a comment, from which its help is made."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    (config,) = (c for name, c in vars(module).items() if name.endswith("Config") and c.__module__ == module.__name__)
+    helps = cli.comments(config)
+    assert helps.keys() == {f for f in config.__dataclass_fields__}
+
+
+def test_rows_without_git(tmp_path, monkeypatch):
+    """On a machine without git the rows are still written."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cli.write_rows(tmp_path / "r.json", [{"a": 1}, {"a": 2}], seed=5)
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [r["a"] for r in rows] == [1, 2] and all(r["commit"] == "unknown" and r["seed"] == 5 for r in rows)
+
+
+def test_programming_errors_keep_their_traceback():
+    """Only what a user can cause is shortened: a RuntimeError, such as the guard's, comes through."""
+
+    def broken():
+        raise RuntimeError("pruning was not applied")
+
+    with pytest.raises(RuntimeError):
+        cli.run(broken)

@@ -1,0 +1,499 @@
+"""train.py against loops written from the formulas, and against runs that were not killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import cli
+import saliency
+import train
+from data import Example
+from model import attend
+from sdtp import PruneHead, Schedule, is_protected, keep_count, protected_count
+from train import TrainConfig, head_losses, losses, make_batches, masked_attend, masked_forward, pack, rank_loss
+
+WINDOW = {"model_type": "mistral", "sliding_window": 6}
+each_model = pytest.mark.parametrize("fields", [{}, WINDOW], ids=["full", "window"])
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------- the masked forward
+
+
+def loop_attention(q, k, v, positions, alive, window=None):
+    """DynamicViT's masked attention of one sequence, a loop over heads, queries and keys; (T, Hq, D)."""
+    T, heads, size = q.shape
+    rows = []
+    for i in range(T):
+        for h in range(heads):
+            g = h // (heads // k.shape[1])
+            seen = [j for j in range(T) if 0 <= positions[i] - positions[j] < (window or 10**9)]
+            a = torch.stack([q[i, h] @ k[j, g] / math.sqrt(size) for j in seen])
+            # any constant may be taken off, and the largest over all is safe in float64
+            weight = (a - a.max().detach()).exp() * torch.stack([torch.ones((), dtype=q.dtype) if i == j else alive[j] for j in seen])
+            rows.append((weight / weight.sum()) @ torch.stack([v[j, g] for j in seen]))
+    return torch.stack(rows).view(T, heads, size)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_masked_attend_equals_loop(window, groups):
+    """Packed, grouped and windowed masked attention is the formula's, for masks of 0, 1 and between."""
+    seqlens, kv = [7, 12], 2
+    q, k, v = random(19, kv * groups, 8), random(19, kv, 8, seed=1) * 3, random(19, kv, 8, seed=2)
+    positions = torch.cat([torch.arange(7), torch.tensor([0, 1, 2, 4, 5, 9, 10, 11, 12, 15, 16, 17])])
+    alive = random(19, seed=3).clamp(0, 1)
+    assert (alive == 0).sum() > 3 and ((alive > 0) & (alive < 1)).sum() > 3
+    got = masked_attend(q, k, v, positions, positions, seqlens, seqlens, window, alive)
+    parts = zip(*(t.split(seqlens) for t in (q, k, v, positions, alive)))
+    expected = torch.cat([loop_attention(*part, window) for part in parts])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@each_model
+def test_masked_forward_equals_removal(fields, monkeypatch):
+    """Rows alive at the end are those of a model from which the dropped tokens were truly removed."""
+    model, seqlens, prompt_lens = tiny.build(num_hidden_layers=4, **fields), [18, 27], [14, 20]
+    ids, positions = torch.cat([tiny.ids(18), tiny.ids(27)]), model.positions(seqlens)
+    free = torch.cat([(torch.arange(t) >= 2) & (torch.arange(t) < n) for t, n in zip(seqlens, prompt_lens)])
+    heads = {1: PruneHead(32), 3: PruneHead(32)}
+    torch.manual_seed(0)
+    x, _, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free)
+    for mask in masks.values():
+        assert set(mask.tolist()) == {0.0, 1.0} and (mask[~free] == 1).all()
+    assert (masks[3] <= masks[1]).all() and masks[3].sum() < masks[1].sum()  # cumulative
+    y, rows, p, lengths = model.embed(ids), torch.arange(45), positions, seqlens
+    for layer, block in enumerate(model.layers):
+        if layer in masks:
+            keep = masks[layer][rows] == 1
+            lengths = [int(part.sum()) for part in keep.split(lengths)]
+            y, rows, p = y[keep], rows[keep], p[keep]
+        y = block(y, p, lengths)
+    torch.testing.assert_close(x[rows], y, rtol=0, atol=1e-5)  # the mask, and so the weights, are float32
+
+
+def loop_forward(model, ids, masks):
+    """masked_forward of one sequence under given masks {layer: (T,)}, every attention a plain loop."""
+    x, alive = model.embed(ids), torch.ones(len(ids), dtype=torch.float64)
+    for layer, block in enumerate(model.layers):
+        alive = alive * masks[layer] if layer in masks else alive
+        attention = block.self_attn
+        q, k, v = attention.qkv(block.input_layernorm(x), torch.arange(len(ids)))
+        x = x + attention.o_proj(loop_attention(q, k, v, range(len(ids)), alive, attention.window).flatten(1))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.logits(x)
+
+
+@each_model
+def test_lm_gradient_by_the_mask_equals_loop(fields, monkeypatch):
+    """dL_lm/dM, through two cumulative stages, is a float64 DynamicViT loop's, and reaches dropped tokens."""
+    model, seqlens, prompt_lens = tiny.build(**fields), [11, 15], [8, 11]
+    ids = torch.cat([tiny.ids(11), tiny.ids(15)])
+    free = torch.cat([(torch.arange(t) >= 1) & (torch.arange(t) < n - 1) for t, n in zip(seqlens, prompt_lens)])
+    drawn = [(random(26, seed=s) > 0).double().requires_grad_() for s in (1, 2)]
+    draws = iter(drawn)
+
+    def gumbel(logits, tau, hard):
+        keep = next(draws)
+        return torch.stack((keep, 1 - keep), dim=-1)
+
+    monkeypatch.setattr(train.F, "gumbel_softmax", gumbel)
+    rows = saliency.scored_rows(seqlens, prompt_lens)
+    x, _, _ = masked_forward(model, {1: PruneHead(32), 2: PruneHead(32)}, ids, seqlens, prompt_lens, free)
+    loss = torch.nn.functional.cross_entropy(model.logits(x[rows]), ids[rows + 1], reduction="sum")
+    got = torch.autograd.grad(loss, drawn)
+
+    plain = [d.detach().clone().requires_grad_() for d in drawn]
+    total, start = 0.0, 0
+    for t, n in zip(seqlens, prompt_lens):
+        part = slice(start, start + t)
+        masks = {layer: torch.where(free[part], m[part], torch.ones(())) for layer, m in zip((1, 2), plain)}
+        log_probs = loop_forward(model, ids[part], masks).log_softmax(-1)
+        total = total - sum(log_probs[i - 1, ids[part][i]] for i in range(n, t))
+        start += t
+    torch.testing.assert_close(loss, total, rtol=0, atol=1e-9)
+    expected = torch.autograd.grad(total, plain)
+    for ours, theirs, mask in zip(got, expected, drawn):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        assert (ours[free & (mask == 0)].abs() > 1e-4).any() and (ours[~free] == 0).all()
+
+
+def test_lm_gradient_reaches_the_heads():
+    """With real Gumbel masks, L_lm alone moves every stage's head; --checkpoint_blocks gives the same gradients."""
+    model, config = tiny.build(torch.float32), TrainConfig(mse_weight=0.0, rank_weight=0.0)
+    heads, gradients = {1: PruneHead(32), 2: PruneHead(32)}, []
+    for again in (False, True):
+        config.checkpoint_blocks = again
+        torch.manual_seed(0)
+        for head in heads.values():
+            head.zero_grad()
+        terms, alive = losses(model, heads, batch(model), Schedule(3, {1: 0.8, 2: 0.5}), config)
+        terms["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for head in heads.values() for p in head.parameters()]))
+    assert (gradients[0].abs() > 1e-6).float().mean() > 0.9
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert 0 < alive[2] < alive[1] < 1
+
+
+def test_masked_attend_is_stable():
+    """Logits of several hundred: the forward is the float64 loop's; no NaN or infinity there or in a gradient."""
+    T = 24
+    q, k, v = (random(T, 2, 8, seed=s, dtype=torch.float32) for s in (1, 2, 3))
+    q, k = (60 * q).requires_grad_(), (10 * k).requires_grad_()
+    v = v.requires_grad_()
+    alive = (random(T, seed=4) > 0.6).float().requires_grad_()
+    positions = torch.arange(T)
+    logits = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
+    assert logits.abs().max() > 500
+    out = masked_attend(q, k, v, positions, positions, [T], [T], None, alive)
+    expected = loop_attention(*(t.detach().double() for t in (q, k, v)), positions, alive.detach().double())
+    hidden = torch.where(torch.eye(T, dtype=bool), 1.0, alive.detach()) * torch.ones(T, T).tril()
+    top = torch.where(hidden == 0, -torch.inf, logits.detach()).amax(-1)
+    behind = logits.detach().masked_fill(torch.ones(T, T).triu(1) == 1, -torch.inf).amax(-1) - top
+    assert behind.max() > 200  # a dropped token far above all that is alive; the loop's own weights vanish there
+    fair = (behind < 300).all(0)
+    torch.testing.assert_close(out[fair].double(), expected[fair], rtol=0, atol=1e-3)
+    assert torch.isfinite(out).all()
+    for gradient in torch.autograd.grad(out.square().sum(), (q, k, v, alive)):
+        assert torch.isfinite(gradient).all()
+
+
+# ---------------------------------------------------------------------------- the losses
+
+
+def loop_rank(scores, labels):
+    """Eq. 6 as printed: the terms of all pairs i < j."""
+    sign = lambda v: (v > 0) - (v < 0)  # noqa: E731
+    s, y = scores.tolist(), labels.tolist()
+    return [math.log1p(math.exp(-(s[i] - s[j]) * sign(y[i] - y[j]))) for i in range(len(s)) for j in range(i + 1, len(s))]
+
+
+@pytest.mark.parametrize("n", [2, 3, 17])
+def test_rank_loss_equals_double_loop(n):
+    """Mean and sum over the pairs of eq. 6, ties included, with the loop's gradient; one token has no pair."""
+    scores, labels = random(n) * 3, random(n, seed=1).round()
+    terms = loop_rank(scores, labels)
+    assert rank_loss(scores, labels).item() == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+    assert rank_loss(scores, labels, "sum").item() == pytest.approx(sum(terms), rel=1e-9)
+    assert rank_loss(scores[:1], labels[:1]).item() == 0
+    right = rank_loss(labels * 5, labels)
+    assert right < rank_loss(-labels * 5, labels) or len(set(labels.tolist())) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sampled_rank_loss_is_unbiased(reduction):
+    """The mean over many draws of the sampled loss is the full one's, ties included."""
+    torch.manual_seed(0)
+    scores, labels = random(6) * 5, torch.tensor([1.0, 1.0, 2.0, 5.0, 0.0, 2.0])
+    terms = loop_rank(scores, labels)
+    full = sum(terms) / (len(terms) if reduction == "mean" else 1)
+    draws = torch.stack([rank_loss(scores, labels, reduction, max_pairs=14) for _ in range(3000)])
+    assert draws.std() > 0
+    assert abs(draws.mean().item() - full) < 4 * draws.std().item() / 3000**0.5 < 0.05 * full
+
+
+def stage_tensors(seqlens, layers, seed=0):
+    n = sum(seqlens)
+    logits = {layer: random(n, 2, seed=seed + layer).requires_grad_() for layer in layers}
+    return logits, {layer: random(n, seed=seed + 10 + layer).exp() * 7 for layer in layers}
+
+
+def free_tokens(seqlens, prompt_lens):
+    return torch.cat([(torch.arange(t) < n) & ~is_protected(torch.arange(t), n) for t, n in zip(seqlens, prompt_lens)])
+
+
+def test_head_losses_equal_loops():
+    """L_mse against saliency over its maximum per stage and prompt, L_rank summed over stages, and the overlap."""
+    seqlens, prompt_lens, schedule = [30, 50], [24, 44], Schedule(9, {4: 0.8, 7: 0.5})
+    logits, labels = stage_tensors(seqlens, schedule)
+    labels[4][30:] *= 100  # another scale per prompt and stage
+    free = free_tokens(seqlens, prompt_lens)
+    mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, TrainConfig())
+    squares, ranks, overlaps = [], [], []
+    for layer in schedule:
+        for start, n in ((0, 24), (30, 44)):
+            last = int(n * 0.1 + 0.5)
+            rows = [start + i for i in range(4, n - last)]
+            pi, y = logits[layer][rows].tolist(), labels[layer][rows].tolist()
+            squares.append(sum((1 / (1 + math.exp(d - k)) - s / max(y)) ** 2 for (k, d), s in zip(pi, y)) / len(y))
+            terms = loop_rank(torch.tensor([k - d for k, d in pi], dtype=torch.float64), labels[layer][rows])
+            ranks.append(sum(terms) / len(terms))
+            count = keep_count(n, schedule[layer], protected_count(n)) - protected_count(n)
+            order = lambda values: set(sorted(range(len(y)), key=lambda i: -values[i])[:count])  # noqa: E731
+            overlaps.append(len(order([k - d for k, d in pi]) & order(y)) / count)
+    assert mse.item() == pytest.approx(sum(squares) / 4, rel=1e-9)
+    assert rank.item() == pytest.approx((sum(ranks[:2]) + sum(ranks[2:])) / 2, rel=1e-9)
+    assert overlap.item() == pytest.approx(sum(overlaps) / 4, rel=1e-6)
+
+
+def test_protected_and_response_tokens_never_enter():
+    """Other labels and logits on protected and response tokens change no head loss, and get no gradient."""
+    seqlens, prompt_lens, schedule = [30, 50], [24, 44], Schedule(9, {4: 0.8, 7: 0.5})
+    logits, labels = stage_tensors(seqlens, schedule)
+    free = free_tokens(seqlens, prompt_lens)
+    before = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, TrainConfig())
+    other_logits, other_labels = stage_tensors(seqlens, schedule, seed=50)
+    changed = {layer: torch.where(free[:, None], logits[layer], 30 * other_logits[layer]).detach().requires_grad_() for layer in schedule}
+    moved = {layer: torch.where(free, labels[layer], 1e6 * other_labels[layer]) for layer in schedule}
+    after = head_losses(changed, moved, free, seqlens, prompt_lens, schedule, TrainConfig())
+    assert all(map(torch.equal, before, after))
+    (after[0] + after[1]).backward()
+    for pi in changed.values():
+        assert (pi.grad[~free] == 0).all() and (pi.grad[free] != 0).any(dim=-1).all()
+
+
+def batch(model, seqlens=(26, 34), prompt_lens=(20, 30), layers=(1, 2)):
+    examples = [Example(tiny.ids(n, seed=n).tolist(), tiny.ids(t - n, seed=t).tolist()) for t, n in zip(seqlens, prompt_lens)]
+    return pack(model, examples, dict.fromkeys(layers), TrainConfig(teacher="grad_norm"))
+
+
+def forced(keep):
+    """Heads that keep, or drop, whatever they may."""
+    heads = {layer: PruneHead(32) for layer in (1, 2)}
+    for head in heads.values():
+        torch.nn.init.zeros_(head.fc2.weight)
+        head.fc2.bias.data = torch.tensor([100.0, -100.0]) * (1 if keep else -1)
+    return heads
+
+
+def test_losses_mask_and_score_the_right_tokens(monkeypatch):
+    """Heads that would drop all leave protected and response tokens; L_lm is the response's cross-entropy."""
+    model, schedule, seen = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), {}
+
+    def spy(*args):
+        seen["x"], seen["logits"], seen["masks"] = masked_forward(*args)
+        return seen["x"], seen["logits"], seen["masks"]
+
+    monkeypatch.setattr(train, "masked_forward", spy)
+    ids, *_ = data = batch(model)
+    terms, alive = losses(model, forced(keep=False), data, schedule, TrainConfig(lm_weight=3.0, mse_weight=5.0, rank_weight=7.0))
+    kept = [*range(4), *range(18, 26), *(26 + i for i in (*range(4), *range(27, 34)))]
+    for mask in seen["masks"].values():
+        assert mask.nonzero().flatten().tolist() == kept
+    assert alive == {1: 0.0, 2: 0.0}
+    log_probs = model.logits(seen["x"]).log_softmax(-1)
+    nats = [-log_probs[i - 1, ids[i]].item() for i in (*range(20, 26), *range(26 + 30, 26 + 34))]
+    assert terms["lm"].item() == pytest.approx(sum(nats) / 10, rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(3 * terms["lm"].item() + 5 * terms["mse"].item() + 7 * terms["rank"].item(), rel=1e-5)
+
+
+def test_distill_is_the_kl_divergence():
+    """--distill adds KL(dense || pruned) over the response, 0 where nothing is dropped."""
+    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(distill=True, lm_weight=2.0)
+    data = ids, seqlens, prompt_lens, _ = batch(model)
+    terms, alive = losses(model, forced(keep=True), data, schedule, config)
+    assert alive == {1: 1.0, 2: 1.0} and abs(terms["distill"].item()) < 1e-6
+    pruned, _ = losses(model, forced(keep=False), data, schedule, config)
+    dense = model(ids, seqlens=seqlens).double().log_softmax(-1)
+    masked, _, _ = masked_forward(model, forced(keep=False), ids, seqlens, prompt_lens, free_tokens(seqlens, prompt_lens))
+    student = model.logits(masked).double().log_softmax(-1)
+    rows = [*range(19, 25), *range(26 + 29, 26 + 33)]
+    kl = sum((dense[r].exp() * (dense[r] - student[r])).sum().item() for r in rows) / len(rows)
+    assert kl > 0.05 and pruned["distill"].item() == pytest.approx(kl, rel=1e-4)
+    rest = 2 * (pruned["lm"] + pruned["distill"]) + pruned["mse"] + pruned["rank"]
+    assert pruned["loss"].item() == pytest.approx(rest.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- batches, labels, learning rate
+
+
+def test_make_batches():
+    """Batches hold at most batch_tokens (or one longer prompt), every example once per epoch, in a seeded order."""
+    sizes = torch.randint(10, 90, (40,), generator=torch.Generator().manual_seed(0)).tolist() + [500]
+    examples = [Example([i] * (n - 3), [i] * 3) for i, n in enumerate(sizes)]
+    config = TrainConfig(epochs=3, batch_tokens=200, seed=4)
+    batches = make_batches(examples, config)
+    flat = [e.prompt[0] for b in batches for e in b]
+    epochs = [flat[i : i + 41] for i in range(0, len(flat), 41)]
+    assert len(epochs) == 3 and all(sorted(e) == list(range(41)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 3
+    assert all(len(b) == 1 or sum(sizes[e.prompt[0]] for e in b) <= 200 for b in batches)
+    assert len(batches) < 3 * sum(sizes) / 120  # and they are filled
+    assert make_batches(examples, config) == batches != make_batches(examples, TrainConfig(epochs=3, batch_tokens=200, seed=9))
+
+
+def test_learning_rate():
+    """Linear warm-up to lr, then a cosine to a tenth: its end points, its middle, and no step up."""
+    config, steps = TrainConfig(lr=0.5, warmup=0.1), 200
+    rates = [train.learning_rate(s, steps, config) for s in range(steps)]
+    assert rates[:20] == pytest.approx([0.5 * (s + 1) / 20 for s in range(20)])
+    assert rates[20] == 0.5 and rates[110] == pytest.approx(0.5 * 0.55) and rates[-1] == pytest.approx(0.05, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[19:], rates[20:])) and min(rates[20:]) >= 0.05
+    assert train.learning_rate(0, 1, config) == 0.5
+
+
+def test_label_cache(tmp_path, monkeypatch):
+    """Cached labels are the computed ones and cost no pass; other layers, teachers and texts have their own."""
+    model, config = tiny.build(torch.float32), TrainConfig(label_cache=str(tmp_path))
+    config.label_key = "key "
+    examples = [Example(tiny.ids(n).tolist(), [5, 6, 7]) for n in (12, 20)]
+    plain = pack(model, examples, {1: 0.5, 2: 0.4}, TrainConfig())
+    passes, label = [], saliency.label
+    monkeypatch.setattr(saliency, "label", lambda *args: passes.append(1) or label(*args))
+
+    def same(a, b):
+        assert torch.equal(a[0], b[0]) and a[1:3] == b[1:3] and a[3].keys() == b[3].keys()
+        return all(torch.equal(a[3][layer], b[3][layer]) for layer in a[3])
+
+    assert same(pack(model, examples, {1: 0.5, 2: 0.4}, config), plain) and len(passes) == 1
+    assert same(pack(model, examples, {1: 0.5, 2: 0.4}, config), plain) and len(passes) == 1
+    one = pack(model, examples[1:], {1: 0.5, 2: 0.4}, config)
+    assert len(passes) == 1 and torch.equal(one[3][2], plain[3][2][15:])
+    assert same(pack(model, examples, {0: 0.5, 2: 0.4}, config), pack(model, examples, {0: 0.5, 2: 0.4}, TrainConfig()))
+    config.label_key = "another "
+    passes.clear()
+    pack(model, examples, {1: 0.5, 2: 0.4}, config)
+    assert len(passes) == 1
+
+
+# ---------------------------------------------------------------------------- the loop, killed and resumed
+
+FLAGS = (
+    "--dtype float32 --device cpu --first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80"
+    " --checkpoint_every 10 --epochs 2 --eval_prompts 2 --accumulate 2 --rank_pairs 40"
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint, a text, and an unbroken run's folder."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.checkpoint(folder / "tiny")
+    words = torch.randint(0, 40, (4200,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.txt").write_text("".join(tiny.ALPHABET[3 + w] for w in words))
+    with pytest.MonkeyPatch.context() as patch:
+        run(folder, "unbroken", patch)
+    return folder
+
+
+def argv(folder, out, *more):
+    return f"train.py --ckpt {folder}/tiny --data {folder}/text.txt --out_dir {folder}/{out} {FLAGS}".split() + list(more)
+
+
+def run(folder, out, patch, *more):
+    patch.setattr(sys, "argv", argv(folder, out, *more))
+    patch.setenv("MPLBACKEND", "Agg")
+    cli.run(train.main)
+
+
+def steps_logged(out):
+    log = out / "log.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def test_run_writes_everything(world):
+    """A run leaves heads, both figures, the config, one log row per step and the table of all methods."""
+    out = world / "unbroken"
+    for name in ("losses.png", "predictions.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    assert not (out / "checkpoint.safetensors").exists()
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == list(range(1, len(log) + 1)) and len(log) > 40
+    assert {"loss", "lm", "mse", "rank", "overlap", "alive", "alive_1", "alive_2"} <= log[0].keys()
+    rows = json.loads((out / "eval.json").read_text())
+    assert [r["method"] for r in rows] == ["dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor"]
+    assert {"commit", "command", "versions", "machine", "seed", "source"} <= rows[0].keys()
+    meta = json.loads((out / "heads" / "heads.json").read_text())
+    assert meta["schedule"] == {"1": 0.9, "2": pytest.approx(0.81)} and {"fingerprint", "teacher", "data", "commit", "seed"} <= meta.keys()
+
+
+def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
+    """kill -9 between two checkpoints, then --resume: heads byte-identical, the log too; refusals on the way."""
+    out = world / "killed"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(Path(train.__file__).parent)}
+    slow = "import time, sys, cli, train\nstep = train.train_step\ntrain.train_step = lambda *a: time.sleep(0.02) or step(*a)\ncli.run(train.main)"
+    process = subprocess.Popen([sys.executable, "-c", slow, *argv(world, "killed")[1:]], env=env, stdout=subprocess.DEVNULL, cwd=world)
+    try:
+        while steps_logged(out) < 24:
+            assert process.poll() is None
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done, total = steps_logged(out), steps_logged(world / "unbroken")
+    assert done % 10 and done < total and (out / "checkpoint.safetensors").is_file() and not (out / "heads").exists()
+
+    with pytest.raises(SystemExit, match="unfinished run"):
+        run(world, "killed", monkeypatch)
+    checkpoint = (out / "checkpoint.safetensors").read_bytes()
+    (out / "checkpoint.safetensors").write_bytes(checkpoint[:-100])
+    with pytest.raises(SystemExit, match="is damaged"):
+        run(world, "killed", monkeypatch, "--resume")
+    (out / "checkpoint.safetensors").write_bytes(checkpoint)
+    with pytest.raises(SystemExit, match="--lr 0.001, not 0.5"):
+        run(world, "killed", monkeypatch, "--resume", "--lr", "0.5")
+    run(world, "killed", monkeypatch, "--resume")
+    assert f"{total - done // 10 * 10} of {total} steps to go" in capsys.readouterr().out
+    for name in ("heads/heads.safetensors", "log.jsonl"):
+        assert (out / name).read_bytes() == (world / "unbroken" / name).read_bytes()
+    with pytest.raises(SystemExit, match="finished"):
+        run(world, "killed", monkeypatch, "--resume")
+
+
+def test_killed_before_the_first_checkpoint(world, monkeypatch):
+    """A run stopped before any checkpoint starts over on --resume, its log too."""
+    step = train.train_step
+
+    def stop(*args, left=[3]):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stop)
+        with pytest.raises(SystemExit):
+            run(world, "early", patch)
+    assert steps_logged(world / "early") == 3
+    run(world, "early", monkeypatch, "--resume")
+    for name in ("heads/heads.safetensors", "log.jsonl"):
+        assert (world / "early" / name).read_bytes() == (world / "unbroken" / name).read_bytes()
+
+
+def test_base_weights_stay(tmp_path):
+    """Training changes the heads and not one byte of the model."""
+    model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5})
+    torch.manual_seed(0)
+    heads = {layer: PruneHead(32) for layer in schedule}
+    old = {k: v.clone() for k, v in train.parameters(heads).items()}
+    before = {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+    examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in range(30, 40)]
+    config = TrainConfig(batch_tokens=100, out_dir=str(tmp_path), lr=0.01, epochs=4)
+    history = train.train(model, heads, examples, schedule, config)
+    assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not torch.equal(old[k], p) for k, p in train.parameters(heads).items())
+    assert sum(h["rank"] for h in history[-3:]) < sum(h["rank"] for h in history[:3])
+
+
+def test_accumulation_equals_one_mean():
+    """--accumulate adds the mean of the batches' losses: the step's gradient is that of the mean."""
+    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(accumulate=2)
+    examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in (20, 30)]
+    heads = forced(keep=True)  # no draw can change what is kept
+    gradients = []
+    for batches in ([examples[:1]], [examples[1:]], [examples[:1], examples[1:]]):
+        optimizer = torch.optim.SGD(train.parameters(heads).values(), lr=0.0)
+        train.train_step(model, heads, optimizer, batches, schedule, config)
+        gradients.append(torch.cat([p.grad.flatten() for p in train.parameters(heads).values()]))
+    torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2, rtol=1e-4, atol=1e-7)
+    assert gradients[0].abs().max() > 1e-6 and not torch.allclose(gradients[0], gradients[1])
+
+
+def test_attend_and_masked_attend_agree_with_nothing_dropped():
+    """A mask of ones is plain attention, whichever way it is computed."""
+    q, k, v, positions = random(9, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2), torch.cat([torch.arange(4), torch.arange(5)])
+    args = (positions, positions, [4, 5], [4, 5], 3)
+    torch.testing.assert_close(masked_attend(q, k, v, *args, torch.ones(9, dtype=torch.float64)), attend(q, k, v, *args))
