@@ -114,12 +114,15 @@ def hold_share(score, alive, count, rounds=30):
     score, alive: (n,) of the tokens that may be dropped; count: how many of them the schedule keeps.
     A token survives Gumbel-softmax with probability sigmoid(score), so count of them are expected to.
     """
-    low, high = score.min() - 20, score.max() + 20
+    s, alive = score.detach(), alive.detach()
+    low, high = s.min() - 20, s.max() + 20
     for _ in range(rounds):
         middle = (low + high) / 2
-        above = (alive * torch.sigmoid(score - middle)).sum() > count
+        above = (alive * torch.sigmoid(s - middle)).sum() > count
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return middle
+    # The gradient of b (implicit function theorem): without it L_lm would raise all scores for ever, to no effect.
+    slope = alive * torch.sigmoid(s - middle) * torch.sigmoid(middle - s)
+    return middle + ((score - s) * slope).sum() / slope.sum().clamp(min=1e-9)
 
 
 def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
@@ -128,13 +131,13 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
     share: what the schedule leaves alive of a prompt, or None to take pi as it is.
     """
     if share is not None:
-        shift = torch.zeros_like(pi)
+        shift = torch.zeros(len(pi), device=pi.device)
         for rows, n in zip(torch.arange(len(pi), device=pi.device).split(seqlens), prompt_lens):
             rows = rows[free[rows]]
             if len(rows):
-                score = (pi[rows, 0] - pi[rows, 1]).detach()
-                shift[rows, 0] = hold_share(score, alive[rows].detach(), keep_count(n, share, protected_count(n)) - protected_count(n))
-        pi = pi - shift
+                count = keep_count(n, share, protected_count(n)) - protected_count(n)
+                shift[rows] = hold_share(pi[rows, 0] - pi[rows, 1], alive[rows], count)
+        pi = pi - F.pad(shift[:, None], (0, 1))
     keep = F.gumbel_softmax(pi, tau, hard=True)[:, 0]  # straight-through
     return torch.where(free, keep, 1.0) * alive
 
