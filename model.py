@@ -29,9 +29,9 @@ except ImportError:
 # What Hugging Face's config classes assume where config.json is silent.
 FAMILIES = {
     "llama": {},
-    "mistral": {"sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096},
-    "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
 }
 REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 ROPE_SCALINGS = {  # rope type -> the fields it needs
@@ -82,10 +82,10 @@ class Config:
         rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         raw["rope_scaling"] = rope
-        if raw.get("hidden_activation"):  # Gemma's first configs spell it so
-            raw["hidden_act"] = raw["hidden_activation"]
-        if family == "gemma" and raw["hidden_act"] == "gelu":
-            raw["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's "gelu" always meant (transformers #29402)
+        if family == "gemma":
+            raw["hidden_act"] = raw.get("hidden_activation", raw["hidden_act"])  # so spelt in its first configs
+            if raw["hidden_act"] == "gelu":
+                raw["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's "gelu" always meant (transformers #29402)
         if family == "qwen2" and not raw.get("use_sliding_window", False):
             raw["sliding_window"] = None
         if family == "qwen2" and "layer_types" not in raw:
@@ -188,6 +188,8 @@ def attention_backend(device, dtype):
     """Which kernel attend() runs on, and why; (name, reason)."""
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", "FlashAttention needs CUDA and 16-bit"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa", "FlashAttention 2 needs an Ampere GPU or newer"
     return ("sdpa", "flash-attn is not installed") if flash_attn_varlen_func is None else ("flash_attn", "installed")
 
 
@@ -224,7 +226,8 @@ def sdpa(q, k, v, positions, k_positions, window=None, block=1024):
             low = torch.searchsorted(k_positions, positions[rows.start] - window + 1)
             high = torch.searchsorted(k_positions, positions[rows.stop - 1], right=True)
             keys = slice(int(low), int(high))
-            blocks.append(run(rows, keys, attn_mask=visible(positions[rows], k_positions[keys], window)))
+            mask = {} if T == 1 else {"attn_mask": visible(positions[rows], k_positions[keys], window)}
+            blocks.append(run(rows, keys, **mask))
         out = torch.cat(blocks, dim=2)
     elif T == K:
         out = run(everything, everything, is_causal=True)
@@ -381,6 +384,8 @@ class Transformer(nn.Module):
         ValueError for a sequence longer than max_position_embeddings.
         """
         seqlens = [len(ids)] if seqlens is None else seqlens
+        if positions is None and cache is not None and cache[0].seqlens:
+            raise ValueError("the cache holds tokens: give the positions of those that follow")
         positions = self.positions(seqlens) if positions is None else positions
         x = self.embed(ids)
         for layer, block in enumerate(self.layers):
@@ -407,7 +412,7 @@ class Transformer(nn.Module):
         raw = read_json(folder / "config.json")
         try:
             config = Config.from_dict(raw)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: a number where text stands, or the like
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
         with torch.device("meta"):
             model = cls(config)

@@ -89,7 +89,7 @@ def select(scores, positions, share, seqlens, prompt_lens):
         count = min(length, keep_count(n, share, protected_count(n)))
         # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
         order = rows.nan_to_num(nan=-math.inf).masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
-        keep.append(start + length - 1 - order[:count].sort(descending=True).values)
+        keep.append((start + length - 1 - order[:count]).sort().values)
         kept.append(count)
         start += length
     return torch.cat(keep), kept
@@ -118,7 +118,7 @@ class PruneHead(nn.Module):
 
 
 def fingerprint(model):
-    """A checkpoint's identity, whatever dtype it was loaded in: SHA-256 over a sample of every parameter."""
+    """A checkpoint's identity, the same loaded in float32 or bfloat16: SHA-256 over a sample of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
@@ -181,13 +181,15 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
     """Read prompts, dropping tokens on the way.
 
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
-    scorers: {layer: head or any callable of a head's call}; schedule: {layer: share}, None or {} for
-    dense; cache: an empty KVCache to fill. Returns (logits of each prompt's last token (B, vocab_size), cache).
+    scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
+    dense; cache: an empty KVCache to fill (ValueError otherwise). Returns (logits of each prompt's last token (B, vocab_size), cache).
     RuntimeError when the tokens alive at a layer are not those that the schedule asks for.
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     schedule = schedule or {}
     cache = KVCache(len(model.layers)) if cache is None else cache
+    if cache[0].seqlens:
+        raise ValueError("prefill needs an empty cache")
     x, positions = model.embed(ids), model.positions(seqlens)
     for layer, block in enumerate(model.layers):
         if layer in schedule:
@@ -226,8 +228,10 @@ def generate(
     ids, scorers, schedule, seqlens: as in prefill; cache: an empty KVCache, to look at afterwards;
     on_token: called with the list of the B new ids after every step. Returns one list of new ids per
     prompt, ended by (and with) an end-of-sequence token. ValueError where prompt + new tokens exceed
-    the model's positions.
+    the model's positions, and for a temperature or top_p out of range.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must not be negative, top_p {top_p} must lie in (0, 1]")
     prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     limit = model.config.max_position_embeddings
     if max(prompt_lens) + max_new_tokens > limit:

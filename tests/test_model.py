@@ -52,13 +52,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None or k == "sliding_window"}))
 
 
-def hub_spelling(folder):
-    """rope_theta + rope_scaling and no layer_types, as hub checkpoints have it, in place of what transformers 5 writes."""
+def hub_spelling(folder, **fields):
+    """rope_theta + rope_scaling, no layer_types, other fields as given: as on the hub, not as transformers 5 normalises them."""
     raw = json.loads((folder / "config.json").read_text())
     rope = dict(raw["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     scaling = None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind, **rope}
-    edit(folder, rope_parameters=None, layer_types=None, rope_theta=theta, rope_scaling=scaling)
+    edit(folder, **{**fields, "rope_parameters": None, "layer_types": None, "rope_theta": theta, "rope_scaling": scaling})
 
 
 def reference(family, folder, shard="1GB", **fields):
@@ -89,7 +89,7 @@ def test_logits_equal_transformers(case, tmp_path):
     expected = reference(family, tmp_path, **fields)
     assert (load(tmp_path)(tiny.ids(T)) - expected).abs().max() <= 1e-4
     config = load(tmp_path).config
-    hub_spelling(tmp_path)
+    hub_spelling(tmp_path, **fields)
     assert (load(tmp_path)(tiny.ids(T)) - expected).abs().max() <= 1e-4
     inverse = model_py.inverse_frequencies
     assert torch.equal(inverse(load(tmp_path).config), inverse(config))

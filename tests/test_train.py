@@ -284,7 +284,7 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
 
     monkeypatch.setattr(train, "masked_forward", spy)
     ids, *_ = data = batch(model)
-    terms, alive = losses(model, forced(keep=False), data, schedule, TrainConfig(lm_weight=3.0, mse_weight=5.0, rank_weight=7.0))
+    terms, alive = losses(model, forced(keep=False), data, schedule, TrainConfig(hold_share=False, lm_weight=3.0, mse_weight=5.0, rank_weight=7.0))
     kept = [*range(4), *range(18, 26), *(26 + i for i in (*range(4), *range(27, 34)))]
     for mask in seen["masks"].values():
         assert mask.nonzero().flatten().tolist() == kept
@@ -295,9 +295,29 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
     assert terms["loss"].item() == pytest.approx(3 * terms["lm"].item() + 5 * terms["mse"].item() + 7 * terms["rank"].item(), rel=1e-5)
 
 
+def test_held_masks_keep_the_share_of_the_schedule():
+    """hold_share: whatever the scores' level, the tokens alive after each stage are on average the schedule's count."""
+    model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5})
+    seqlens, prompt_lens = [48, 60], [44, 52]
+    ids, free = torch.cat([tiny.ids(n) for n in seqlens]), free_tokens(seqlens, prompt_lens)
+    heads = {layer: PruneHead(32) for layer in schedule}
+    for head, level in zip(heads.values(), (9.0, -9.0)):
+        head.fc2.bias.data[0] += level
+    alive = {layer: [] for layer in schedule}
+    for seed in range(60):
+        torch.manual_seed(seed)
+        _, _, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, schedule=schedule)
+        for layer, mask in masks.items():
+            alive[layer].append([m[:n].sum().item() for m, n in zip(mask.split(seqlens), prompt_lens)])
+    for layer, share in schedule.items():
+        counts = torch.tensor(alive[layer])
+        wanted = torch.tensor([keep_count(n, share, protected_count(n)) for n in prompt_lens])
+        assert (counts.mean(0) - wanted).abs().max() < 1.0 and counts.std(0).min() > 0.5
+
+
 def test_distill_is_the_kl_divergence():
     """--distill adds KL(dense || pruned) over the response, 0 where nothing is dropped."""
-    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(distill=True, lm_weight=2.0)
+    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(hold_share=False, distill=True, lm_weight=2.0)
     data = ids, seqlens, prompt_lens, _ = batch(model)
     terms, alive = losses(model, forced(keep=True), data, schedule, config)
     assert alive == {1: 1.0, 2: 1.0} and abs(terms["distill"].item()) < 1e-6
@@ -438,7 +458,7 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="is damaged"):
         run(world, "killed", monkeypatch, "--resume")
     (out / "checkpoint.safetensors").write_bytes(checkpoint)
-    with pytest.raises(SystemExit, match="--lr 0.001, not 0.5"):
+    with pytest.raises(SystemExit, match="--lr 0.002, not 0.5"):
         run(world, "killed", monkeypatch, "--resume", "--lr", "0.5")
     run(world, "killed", monkeypatch, "--resume")
     assert f"{total - done // 10 * 10} of {total} steps to go" in capsys.readouterr().out
@@ -487,7 +507,7 @@ def test_base_weights_stay(tmp_path):
 
 def test_accumulation_equals_one_mean():
     """--accumulate adds the mean of the batches' losses: the step's gradient is that of the mean."""
-    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(accumulate=2)
+    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(hold_share=False, accumulate=2)
     examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in (20, 30)]
     heads = forced(keep=True)  # no draw can change what is kept
     gradients = []
