@@ -318,13 +318,14 @@ def start_or_resume(config, heads, optimizer):
             raise ValueError(f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it")
         write_atomic(out / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
         write_atomic(out / "log.jsonl", b"")
+        (out / "eval.json").unlink(missing_ok=True)  # an older run's: would say that this one is finished
         return 0, []
     saved = read_json(out / "config.json")
     changed = [k for k in flags if saved.get(k) != flags[k]]
     if changed:
         raise ValueError(f"--resume: the run in {out} has --{changed[0]} {saved.get(changed[0])!r}, not {flags[changed[0]]!r}")
     if not path.is_file():
-        if (out / "heads" / "heads.json").is_file():
+        if (out / "eval.json").is_file():
             raise ValueError(f"--resume: the run in {out} is finished")
         write_atomic(out / "log.jsonl", b"")  # killed before its first checkpoint: all over again
         return 0, []
@@ -458,7 +459,7 @@ def main():
             raise ValueError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     config.data = config.data or ("pydoc" if config.ckpt == TrainConfig.ckpt else "dolly")
     model, folder = cli.load_model(config)
-    config.label_key = f"{fingerprint(model)} {config.teacher} {config.label_loss} "
+    config.label_key = f"{fingerprint(model)} {model.norm.weight.dtype} {config.teacher} {config.label_loss} "
     schedule = Schedule(len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio)
     examples, held_out = data.load(config.data, Tokenizer(folder), config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
     examples = examples[: config.max_prompts or None]

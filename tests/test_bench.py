@@ -85,14 +85,14 @@ def test_timed_interleaves(monkeypatch):
 
 def test_script(tmp_path, monkeypatch, capsys):
     """bench.py times dense, pruned and transformers in one run and writes a row of each."""
-    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5)
-    flags = f"--ckpt {folder} --lengths 20,40 --repeats 2 --keep 0.5 --transformers --json {tmp_path}/r.json --dtype float32 --seed 2"
+    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=8)
+    flags = f"--ckpt {folder} --lengths 20,40 --repeats 2 --keep 0.6 --transformers --json {tmp_path}/r.json --dtype float32 --seed 2"
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
     cli.run(bench.main)
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [(r["length"], r["method"]) for r in rows] == [(n, m) for n in (20, 40) for m in ("dense", "sdtp", "transformers")]
     dense, pruned, reference = rows[3:]
     assert dense["speedup"] == dense["flops_ratio"] == dense["mean_alive"] == 1 and reference["prefill_flops"] == dense["prefill_flops"]
-    assert pruned["mean_alive"] == pytest.approx((4 * 40 + 20) / 5 / 40) and pruned["flops_ratio"] > 1
+    assert pruned["mean_alive"] == pytest.approx((4 * 40 + 3 * 24 + 14) / 8 / 40) and pruned["flops_ratio"] > 1
     assert pruned["reached"] == pytest.approx(pruned["speedup"] / pruned["flops_ratio"])
     assert {"commit", "command", "versions", "machine"} <= dense.keys() and dense["seed"] == 2

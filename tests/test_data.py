@@ -86,7 +86,7 @@ def test_split_is_by_row(tmp_path):
 
 def test_rows_become_prompts(tokenizer, tmp_path):
     """Context before instruction, BOS once, response capped; rows without a context, too short or too long left out."""
-    rows = [row(i) for i in range(300)] + [row(1000, context=" "), row(1001, context="a" * 200), row(1002, context="a"), row(1003, response=" ")]
+    rows = [row(i) for i in range(300)] + [row(1000, context=" ") | {"instruction": "a long question without a context?"}, row(1001, context="a" * 200), row(1002, context="a"), row(1003, response=" ")]
     train, held_out = data.load(write(tmp_path / "r.jsonl", rows), tokenizer, score_len=8, min_prompt=30, max_prompt=100)
     texts = {tokenizer.decode(e.prompt): tokenizer.decode(e.response) for e in train + held_out}
     assert texts == {f"the context of row {i} is here\n\nwhat is {i}?\n\n": f"answer {i}"[:8] for i in range(300)}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,11 @@ def test_masked_attend_is_stable():
     torch.testing.assert_close(out[fair].double(), expected[fair], rtol=0, atol=1e-3)
     assert torch.isfinite(out).all()
     for gradient in torch.autograd.grad(out.square().sum(), (q, k, v, alive)):
+        assert torch.isfinite(gradient).all()
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    out = masked_attend(*half, positions, positions, [T], [T], None, alive)
+    assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
+    for gradient in torch.autograd.grad(out.float().square().sum(), (*half, alive)):
         assert torch.isfinite(gradient).all()
 
 
@@ -463,7 +469,8 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
 
 
 def test_killed_before_the_first_checkpoint(world, monkeypatch):
-    """A run stopped before any checkpoint starts over on --resume, its log too."""
+    """A run over a finished one, stopped before any checkpoint, starts over on --resume, its log too."""
+    shutil.copytree(world / "unbroken", world / "early")
     step = train.train_step
 
     def stop(*args, left=[3]):
