@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data import read_text
 from download import checkpoint_folder
 from model import Transformer, attention_backend
 from sdtp import Schedule, load_heads, write_atomic
@@ -69,6 +71,13 @@ def load_model(config):
     return model, folder
 
 
+def prompt_text(config):
+    """The text of a script's --prompt or --prompt_file; ValueError unless exactly one is given."""
+    if bool(config.prompt) == bool(config.prompt_file):
+        raise ValueError("give --prompt TEXT or --prompt_file FILE")
+    return config.prompt or read_text(config.prompt_file)
+
+
 def origin():
     """Where a figure comes from: commit, command, versions, machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -79,7 +88,7 @@ def origin():
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "commit": commit,
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": f"python {platform.python_version()}, torch {version('torch')}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
     }

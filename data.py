@@ -49,7 +49,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
 
 def text_windows(text, tokenizer, prompt_len, score_len):
     """Consecutive windows of prompt_len + score_len tokens, each with the tokenizer's own prefix (BOS or none)."""
-    prefix, ids = tokenizer.encode(""), tokenizer.encode(text, add_special_tokens=False)
+    prefix, ids = [tokenizer.bos_token_id] * tokenizer.adds_bos, tokenizer.encode(text, add_special_tokens=False)
     fresh = prompt_len - len(prefix)
     starts = range(0, len(ids) - fresh - score_len + 1, fresh + score_len)
     return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len]) for s in starts]

@@ -17,7 +17,7 @@ import data
 import saliency
 import scorers
 from model import KVCache
-from sdtp import Schedule, load_heads, prefill
+from sdtp import Schedule, prefill
 from tokenizer import Tokenizer
 
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")
@@ -26,7 +26,7 @@ METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher"
 @dataclass
 class EvalConfig:
     ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
-    heads: str = ""  # folder of trained heads (default: heads/CKPT, if there)
+    heads: str = ""  # folder of trained heads (default: heads/CKPT)
     tasks: str = "ppl"  # ppl
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
@@ -93,8 +93,7 @@ def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_nor
     floor = Schedule(len(model.layers), {min(schedule): 0.0})
     methods = ["dense"] + [m for m in methods if m != "dense"]
     results = {m: [] for m in methods}
-    prefill(model, torch.tensor(examples[0].prompt, device=model.norm.weight.device))  # warm-up
-    for example in tqdm(examples, desc="perplexity", disable=None):
+    for example in tqdm([examples[0], *examples], desc="perplexity", disable=None):  # the first run is a warm-up
         if "teacher" in methods:
             ids = torch.tensor(example.prompt + example.response, device=model.norm.weight.device)
             labels = saliency.label(model, ids, list(schedule), teacher, prompt_lens=[len(example.prompt)])
@@ -102,7 +101,7 @@ def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_nor
         for method in methods:
             stages = {"dense": None, "floor": floor}.get(method, schedule)
             results[method].append(score(model, example, rankers.get(method), stages))
-    return [summary(method, results[method], results["dense"], examples) for method in methods]
+    return [summary(method, results[method][1:], results["dense"][1:], examples) for method in methods]
 
 
 def summary(method, results, dense, examples):

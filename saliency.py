@@ -141,13 +141,10 @@ def draw_sparsity(labels, path, threshold=0.1):
 
 def main():
     import cli
-    from data import read_text
     from tokenizer import Tokenizer
 
     config = cli.parse(SaliencyConfig, __doc__)
-    if bool(config.prompt) == bool(config.prompt_file):
-        raise ValueError("give --prompt TEXT or --prompt_file FILE")
-    text = config.prompt or read_text(config.prompt_file)
+    text = cli.prompt_text(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode(text)[: config.max_tokens]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 import cli
-from data import read_text
 from model import KVCache
 from sdtp import generate, protected_count
 from tokenizer import Tokenizer
@@ -77,11 +76,9 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
 
 def main():
     config = cli.parse(SampleConfig, __doc__)
-    if bool(config.prompt) == bool(config.prompt_file):
-        raise ValueError("give --prompt TEXT or --prompt_file FILE")
     if config.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {config.max_new_tokens}: at least 1 is needed")
-    text = config.prompt or read_text(config.prompt_file)
+    text = cli.prompt_text(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
     if config.chat:

@@ -45,9 +45,9 @@ class TrainConfig:
     stages: int = 10  # stages at most, as many as fit
     ratio: float = 0.9  # share kept at each stage
     teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
-    label_loss: str = "response"  # the loss that defines saliency: over the response, or all next tokens
+    label_loss: str = "response"  # the loss of the gradient teachers: over the response, or all next tokens
     # the losses
-    lm_weight: float = 1.0  # weight of L_lm
+    lm_weight: float = 0.1  # weight of L_lm: at 1 its noise outweighs L_rank, a mean over pairs
     mse_weight: float = 1.0  # weight of L_mse
     rank_weight: float = 1.0  # weight of L_rank
     rank_reduction: str = "mean"  # of L_rank over pairs: mean, or sum as eq. 6 is printed
@@ -69,6 +69,7 @@ class TrainConfig:
     lr: float = 2e-3  # peak learning rate of AdamW
     warmup: float = 0.05  # share of the steps in which it rises; then a cosine to a tenth
     weight_decay: float = 0.01  # of AdamW
+    grad_clip: float = 1.0  # largest norm of all heads' gradients together
     checkpoint_every: int = 20  # steps
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: slower, far less memory
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
@@ -77,6 +78,9 @@ class TrainConfig:
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
+
+
+NOT_THE_RUN = ("out_dir", "resume", "json")  # flags that may differ between runs of equal outcome
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -112,7 +116,8 @@ def hold_share(score, alive, count, rounds=30):
     """The shift b of one prompt's scores with sum_i alive_i sigmoid(score_i - b) = count, by bisection.
 
     score, alive: (n,) of the tokens that may be dropped; count: how many of them the schedule keeps.
-    A token survives Gumbel-softmax with probability sigmoid(score), so count of them are expected to.
+    A token survives Gumbel-softmax with probability sigmoid(score), so count of them are expected to
+    (all that are alive, where noise has left fewer).
     """
     s, alive = score.detach(), alive.detach()
     low, high = s.min() - 20, s.max() + 20
@@ -191,7 +196,7 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
 
     L_mse: between softmax(pi)[keep] and saliency / its maximum per stage and prompt, mean over tokens and
     stages. L_rank: mean over pairs, summed over stages. Both: mean over prompts. Overlap: of the tokens
-    that the heads would keep with those that the labels would.
+    that the heads would keep with those that the labels would, dropped ones ranked too.
     """
     mse, rank, overlap = [], [], []
     for layer, pi in logits.items():
@@ -265,7 +270,8 @@ def pack(model, examples, schedule, config):
     if not config.label_cache:
         return ids, seqlens, prompt_lens, compute()
     # A batch whose prompts are all in the cache costs no pass; otherwise the batch is labelled whole.
-    keys = [f"{config.label_key}{layers}{e.prompt}{e.response}" for e in examples]
+    run = [fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss, layers]
+    keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):
         parts = zip(*(s.cpu().split(seqlens) for s in compute().values()))  # per prompt, its stages
@@ -312,7 +318,7 @@ def load_checkpoint(path, heads, optimizer):
 def start_or_resume(config, heads, optimizer):
     """Returns (first step, log rows so far); refuses to overwrite an unfinished run or to resume with other flags."""
     out, path = Path(config.out_dir), Path(config.out_dir) / "checkpoint.safetensors"
-    flags = {k: v for k, v in asdict(config).items() if k not in ("resume", "json")}
+    flags = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     if not config.resume:
         if path.is_file():
             raise ValueError(f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it")
@@ -409,6 +415,7 @@ def train_step(model, heads, optimizer, batches, schedule, config):
         values = {name: t.item() for name, t in terms.items()} | {f"alive_{layer}": share for layer, share in alive.items()}
         for name, value in values.items():
             record[name] = record.get(name, 0.0) + value / len(batches)
+    record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters(heads).values(), config.grad_clip).item()
     optimizer.step()
     return record | {"alive": record[f"alive_{max(alive)}"]}
 
@@ -459,17 +466,17 @@ def main():
             raise ValueError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     config.data = config.data or ("pydoc" if config.ckpt == TrainConfig.ckpt else "dolly")
     model, folder = cli.load_model(config)
-    config.label_key = f"{fingerprint(model)} {model.norm.weight.dtype} {config.teacher} {config.label_loss} "
+    commit = cli.origin()["commit"]
     schedule = Schedule(len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio)
     examples, held_out = data.load(config.data, Tokenizer(folder), config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
-    examples = examples[: config.max_prompts or None]
+    examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
     if not examples or not held_out:
         raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
-    out, commit = Path(config.out_dir), cli.origin()["commit"]
+    out = Path(config.out_dir)
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
     print(f"peak memory of training {peak_memory(config.device) / 2**30:.1f} GiB; now {min(config.eval_prompts, len(held_out))} held-out prompts", flush=True)
@@ -477,8 +484,8 @@ def main():
     print_table(rows)
     for path in (out / "eval.json", config.json):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
-    info = {k: getattr(config, k) for k in ("ckpt", "data", "teacher", "label_loss", "epochs", "seed")}
-    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), commit=commit, **info)
+    flags = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
+    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), commit=commit, **flags)
     (out / "checkpoint.safetensors").unlink()
     print(f"heads in {out / 'heads'}, table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
