@@ -63,8 +63,8 @@ class TrainConfig:
     max_prompts: int = 0  # training prompts (0: all)
     label_cache: str = ""  # folder in which labels are kept between epochs and runs
     # the optimisation
-    epochs: int = 2  # passes over the training prompts
-    batch_tokens: int = 2048  # tokens packed into one forward
+    epochs: int = 1  # passes over the training prompts (the paper: 2)
+    batch_tokens: int = 1024  # tokens packed into one forward
     accumulate: int = 1  # batches per step
     lr: float = 2e-3  # peak learning rate of AdamW
     warmup: float = 0.05  # share of the steps in which it rises; then a cosine to a tenth
