@@ -67,7 +67,7 @@ def load_model(config):
     dtype = model.norm.weight.dtype
     name, reason = attention_backend(config.device, dtype)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {count / 1e6:.0f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
+    print(f"{folder}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
     return model, folder
 
 

@@ -376,3 +376,24 @@ def test_prompt_beyond_positions():
         m(tiny.ids(65))
     with pytest.raises(ValueError, match="65 tokens"):
         m(tiny.ids(70), seqlens=[5, 65])
+
+
+@pytest.mark.network
+def test_default_checkpoint():
+    """The real default checkpoint: argmax of transformers at 1,024 real tokens, and it knows the capital of France."""
+    import data
+    import transformers
+    from download import checkpoint_folder
+    from sdtp import generate
+    from tokenizer import Tokenizer
+
+    folder = checkpoint_folder()
+    tokenizer, ours = Tokenizer(folder), Transformer.from_pretrained(folder, torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = data.text_windows("\n".join(data.topics.values()), tokenizer, 1023, 1)[0]
+    ids = torch.tensor(text.prompt + text.response)
+    with torch.inference_mode():
+        same = ours(ids).argmax(-1) == theirs(ids[None]).logits[0].argmax(-1)
+    assert same.float().mean() >= 0.999
+    answer = generate(ours, torch.tensor(tokenizer.encode("The capital of France is")), 3)[0]
+    assert tokenizer.decode(answer).startswith(" Paris.")
