@@ -12,15 +12,15 @@ import torch
 
 import cli
 from data import read_text
+from download import DEFAULT
 from eval_tasks import clock
-from model import KVCache
 from sdtp import PruneHead, prefill
 from tokenizer import Tokenizer
 
 
 @dataclass
 class BenchConfig:
-    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: untrained heads, as fast as trained ones)
     keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
     text: str = ""  # text file to read (default: random tokens)
@@ -82,19 +82,51 @@ def timed(model, run, repeats):
 
 def transformers_prefill(model, folder):
     """A call ids -> transformers' prefill of the same checkpoint: SDPA, last row's logits, inference mode."""
-    import transformers
-
-    dtype, device = model.norm.weight.dtype, model.norm.weight.device
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--transformers: it is not installed; pip install -r requirements-dev.txt") from None
+    dtype = model.norm.weight.dtype
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(model.device)
     return torch.inference_mode()(lambda ids: reference(ids[None], logits_to_keep=1))
+
+
+def measure(model, ids, heads, schedule, reference, repeats):
+    """Rows of one prompt length: dense, sdtp and, with a reference, transformers."""
+    n, run, caches, flops = len(ids), {"dense": partial(prefill, model, ids), "sdtp": partial(prefill, model, ids, heads, schedule)}, {}, {}
+    for name, stages in (("dense", None), ("sdtp", schedule)):
+        caches[name] = run[name]()[1]
+        flops[name] = sum(executed_flops(model.config, caches[name], stages))
+    if reference:
+        run["transformers"], caches["transformers"], flops["transformers"] = partial(reference, ids), caches["dense"], flops["dense"]
+    seconds, rows = timed(model, run, repeats), []
+    for name, values in seconds.items():
+        alive = [lengths[0] for lengths in caches[name].seqlens()]
+        # per repeat, as the machine's speed drifts from one to the next
+        speedup, ratio = statistics.median(d / s for d, s in zip(seconds["dense"], values)), flops["dense"] / flops[name]
+        rows.append({
+            "length": n,
+            "method": name,
+            "prefill_s": statistics.median(values),
+            "spread": (max(values) - min(values)) / statistics.median(values),
+            "speedup": speedup,
+            "prefill_flops": flops[name],
+            "paper_flops": paper_flops(model.config, alive),
+            "flops_ratio": ratio,
+            "reached": speedup / ratio,
+            "mean_alive": sum(alive) / len(alive) / n,
+            "kv_bytes": caches[name].nbytes(),
+        })  # fmt: skip
+    return rows
 
 
 def main():
     config = cli.parse(BenchConfig, __doc__)
-    try:
-        lengths = [int(n) for n in config.lengths.split(",")]
-    except ValueError:
-        raise ValueError(f"--lengths {config.lengths}: whole numbers with commas between them are needed") from None
+    lengths = config.lengths.split(",")
+    if not all(n.isdecimal() and int(n) for n in lengths):
+        raise ValueError(f"--lengths {config.lengths}: whole numbers with commas between them are needed")
+    lengths = [int(n) for n in lengths]
+    cli.at_least(1, config, "repeats")
     model, folder = cli.load_model(config)
     heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=False)
     torch.manual_seed(config.seed)
@@ -106,37 +138,11 @@ def main():
     reference, rows = transformers_prefill(model, folder) if config.transformers else None, []
     print(f"{'tokens':>7} {'method':<13} {'prefill ms':>11} {'spread':>7} {'speedup':>8} {'GFLOPs':>8} {'ratio':>6} {'reached':>8} {'mean alive':>11} {'KV MiB':>7}")
     for n in lengths:
-        ids, caches, flops = text[:n].to(config.device), {}, {}
-        for name, stages in (("dense", None), ("sdtp", schedule)):
-            caches[name] = prefill(model, ids, heads, stages)[1]
-            flops[name] = sum(executed_flops(model.config, caches[name], stages))
-        run = {"dense": partial(prefill, model, ids), "sdtp": partial(prefill, model, ids, heads, schedule)}
-        if reference:
-            run["transformers"] = partial(reference, ids)
-        seconds = timed(model, run, config.repeats)
-        for name, values in seconds.items():
-            like = "dense" if name == "transformers" else name
-            alive = [lengths[0] for lengths in caches[like].seqlens()]
-            # per repeat, as the machine's speed drifts from one to the next
-            speedup = statistics.median(d / s for d, s in zip(seconds["dense"], values))
-            ratio = flops["dense"] / flops[like]
-            row = {
-                "length": n,
-                "method": name,
-                "prefill_s": statistics.median(values),
-                "spread": (max(values) - min(values)) / statistics.median(values),
-                "speedup": speedup,
-                "prefill_flops": flops[like],
-                "paper_flops": paper_flops(model.config, alive),
-                "flops_ratio": ratio,
-                "reached": speedup / ratio,
-                "mean_alive": sum(alive) / len(alive) / n,
-                "kv_bytes": caches[like].nbytes(),
-            }
-            rows.append(row)
+        rows += (new := measure(model, text[:n].to(config.device), heads, schedule, reference, config.repeats))
+        for r in new:
             print(
-                f"{n:7d} {name:<13} {row['prefill_s'] * 1000:11.1f} {row['spread']:7.1%} {speedup:7.2f}x {row['prefill_flops'] / 1e9:8.1f}"
-                f" {ratio:5.2f}x {row['reached']:8.2f} {row['mean_alive']:11.3f} {row['kv_bytes'] / 2**20:7.2f}",
+                f"{n:7d} {r['method']:<13} {r['prefill_s'] * 1000:11.1f} {r['spread']:7.1%} {r['speedup']:7.2f}x {r['prefill_flops'] / 1e9:8.1f}"
+                f" {r['flops_ratio']:5.2f}x {r['reached']:8.2f} {r['mean_alive']:11.3f} {r['kv_bytes'] / 2**20:7.2f}",
                 flush=True,
             )
     cli.write_rows(config.json, rows, seed=config.seed)

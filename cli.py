@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from data import read_text
 from download import checkpoint_folder
 from model import Transformer, attention_backend
 from sdtp import Schedule, load_heads, write_atomic
@@ -37,6 +36,7 @@ def parse(config_class, doc, argv=None):
         else:
             parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=note, metavar="")
     config = config_class(**vars(parser.parse_args(argv)))
+    note_origin()
     print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
     return config
 
@@ -47,58 +47,66 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: out of memory on the device ({str(error).splitlines()[0]}): shorter prompts, or smaller batches")
     except (ValueError, OSError) as error:
         if os.environ.get("SDTP_TRACEBACK"):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
 
 
+def at_least(minimum, config, *names):
+    """ValueError for a flag below its minimum."""
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ValueError(f"--{name} {getattr(config, name)}: at least {minimum} is needed")
+
+
 def load_model(config):
-    """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
+    """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device; resolves config.device."""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device != "cpu" and not (config.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {config.device}: choose auto or cpu, or cuda where there is a CUDA device")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if config.device not in devices:
+        raise ValueError(f"--device {config.device}: choose auto, {', '.join(devices)}")
+    if config.device.startswith("cuda:"):
+        torch.cuda.set_device(config.device)  # clocks, random state and peak memory are the current device's
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype not in dtypes:
         raise ValueError(f"--dtype {config.dtype}: choose {', '.join(dtypes)}")
     folder = checkpoint_folder(config.ckpt)
     model = Transformer.from_pretrained(folder, dtypes[config.dtype], config.device)
-    dtype = model.norm.weight.dtype
-    name, reason = attention_backend(config.device, dtype)
+    dtype, window = model.norm.weight.dtype, model.config.sliding_window
+    name, reason = attention_backend(config.device, dtype, window)
+    ORIGIN.update(ckpt=Path(config.ckpt).name, device=config.device, dtype=str(dtype).removeprefix("torch."), attention=name)
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
     return model, folder
 
 
-def prompt_text(config):
-    """The text of a script's --prompt or --prompt_file; ValueError unless exactly one is given."""
-    if bool(config.prompt) == bool(config.prompt_file):
-        raise ValueError("give --prompt TEXT or --prompt_file FILE")
-    return config.prompt or read_text(config.prompt_file)
+ORIGIN = {}  # where this run's figures come from: filled at its start, as the working tree may move on during it
 
 
-def origin():
-    """Where a figure comes from: commit, command, versions, machine."""
+def note_origin():
+    """Fill ORIGIN: commit, command, versions, machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {
-        "commit": commit,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": f"python {platform.python_version()}, torch {version('torch')}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
-    }
+    ORIGIN.update(
+        commit=commit,
+        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=f"python {platform.python_version()}, torch {version('torch')}",
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
+    )
 
 
 def write_rows(path, rows, **more):
     """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
     if path:
-        more |= origin()
-        write_atomic(path, (json.dumps([{**row, **more} for row in rows], indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps([{**row, **more, **ORIGIN} for row in rows], indent=1) + "\n").encode())
 
 
 def heads_and_schedule(config, model, keep=0.0, needed=True):

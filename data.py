@@ -30,6 +30,13 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
+def prompt_text(config):
+    """The text of a script's --prompt or --prompt_file; ValueError unless exactly one is given."""
+    if bool(config.prompt) == bool(config.prompt_file):
+        raise ValueError("give --prompt TEXT or --prompt_file FILE")
+    return config.prompt or read_text(config.prompt_file)
+
+
 def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
     """(training Examples, held-out Examples) of pydoc, dolly, FILE.jsonl or FILE.txt.
 

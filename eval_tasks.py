@@ -4,6 +4,7 @@
     python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's fields
 """
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import cli
 import data
 import saliency
 import scorers
+from download import DEFAULT
 from model import KVCache
-from sdtp import Schedule, prefill
+from sdtp import Schedule, prefill, protected_count
 from tokenizer import Tokenizer
 
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")
@@ -25,14 +27,15 @@ METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher"
 
 @dataclass
 class EvalConfig:
-    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: heads/CKPT)
     tasks: str = "ppl"  # ppl
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
-    methods: str = "dense,sdtp,random,most_recent,last_attention"  # also: teacher, floor (only protected tokens stay)
+    methods: str = ",".join(METHODS)  # in one run; floor: only the protected tokens stay
     keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
+    label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
     score_len: int = 128  # tokens scored after it (rows: at most)
@@ -49,7 +52,7 @@ def score(model, example, rankers=None, schedule=None):
 
     Returns (nats per response token (S,), tokens alive per layer, seconds of the prefill).
     """
-    prompt, response = (torch.tensor(ids, device=model.norm.weight.device) for ids in example)
+    prompt, response = (torch.tensor(ids, device=model.device) for ids in example)
     positions = model.positions([len(prompt) + len(response)])[len(prompt) :]
     cache = KVCache(len(model.layers), extra=len(response))
     start = clock(model)
@@ -64,22 +67,23 @@ def score(model, example, rankers=None, schedule=None):
 
 def clock(model):
     """Seconds, after all queued work is done."""
-    if model.norm.weight.is_cuda:
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_norm", seed=0):
+def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0):
     """One flat row per method: every example is run by every method in turn, dense first.
 
     loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1;
     mean_alive: share of the prompt alive, mean over layers; compression: its inverse (the paper's 1/tau);
-    prefill_speedup: median over examples of dense seconds / method's seconds.
+    prefill_speedup: median over examples of dense seconds / method's seconds; at_floor: share of the examples
+    of which only the protected tokens are left at the last layer.
     ValueError for an unknown method or no example.
     """
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not examples:
-        raise ValueError(f"unknown method {unknown[0]!r} (known: {', '.join(METHODS)})" if unknown else "no prompt to evaluate on")
+    check_methods(methods)
+    if not examples:
+        raise ValueError("no prompt to evaluate on")
     if "sdtp" in methods and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
     generator = torch.Generator().manual_seed(seed)
@@ -91,12 +95,13 @@ def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_nor
         "floor": dict.fromkeys(schedule, scorers.most_recent),
     }
     floor = Schedule(len(model.layers), {min(schedule): 0.0})
-    methods = ["dense"] + [m for m in methods if m != "dense"]
+    methods = list(dict.fromkeys(["dense", *methods]))
     results = {m: [] for m in methods}
     for example in tqdm([examples[0], *examples], desc="perplexity", disable=None):  # the first run is a warm-up
         if "teacher" in methods:
-            ids = torch.tensor(example.prompt + example.response, device=model.norm.weight.device)
-            labels = saliency.label(model, ids, list(schedule), teacher, prompt_lens=[len(example.prompt)])
+            ids = torch.tensor(example.prompt + example.response, device=model.device)
+            starts = [len(example.prompt)] if label_loss == "response" else None
+            labels = saliency.label(model, ids, list(schedule), teacher, prompt_lens=starts)
             rankers["teacher"] = {layer: scorers.from_labels(s) for layer, s in labels.items()}
         for method in methods:
             stages = {"dense": None, "floor": floor}.get(method, schedule)
@@ -115,20 +120,29 @@ def summary(method, results, dense, examples):
         "scored_tokens": sum(len(e.response) for e in examples),
         "loss": loss,
         "loss_diff": loss - dense_loss,
-        "ppl": torch.tensor(loss).exp().item(),
-        "ppl_diff": torch.tensor(loss - dense_loss).expm1().item(),
+        "ppl": math.exp(loss),
+        "ppl_diff": math.expm1(loss - dense_loss),
         "mean_alive": alive,
         "compression": 1 / alive,
+        "at_floor": sum(r[1][-1] == protected_count(len(e.prompt)) for r, e in zip(results, examples)) / len(examples),
         "prefill_speedup": statistics.median(d[2] / r[2] for d, r in zip(dense, results)),
     }
 
 
+def check_methods(methods):
+    """ValueError for a method that is not one of METHODS."""
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method {unknown[0]!r} (known: {', '.join(METHODS)})")
+
+
 def print_table(rows):
+    """The rows of perplexity(), aligned."""
     print(f"{'method':<15} {'loss':>7} {'diff':>7} {'ppl':>8} {'ppl diff':>9} {'mean alive':>11} {'1/tau':>6} {'prefill':>8}")
     for r in rows:
         print(
             f"{r['method']:<15} {r['loss']:7.3f} {r['loss_diff']:+7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%}"
-            f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['prefill_speedup']:7.2f}x"
+            f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['prefill_speedup']:7.2f}x" + " at the floor" * (r["at_floor"] == 1)
         )
     first = rows[0]
     print(f"{first['prompts']} prompts of {first['prompt_tokens'] / first['prompts']:.0f} tokens on average, {first['scored_tokens']} tokens scored", flush=True)
@@ -140,8 +154,11 @@ def main():
         raise ValueError(f"--tasks {config.tasks}: choose ppl")
     if bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE or --data SOURCE")
+    cli.at_least(1, config, "limit", "prompt_len", "score_len")
+    methods = config.methods.split(",")
+    check_methods(methods)
     model, folder = cli.load_model(config)
-    tokenizer, methods = Tokenizer(folder), config.methods.split(",")
+    tokenizer = Tokenizer(folder)
     heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed="sdtp" in methods)
     if config.text:
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
@@ -150,7 +167,7 @@ def main():
     else:
         _, held_out = data.load(config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
         examples = held_out[: config.limit]
-    rows = perplexity(model, examples, methods, schedule, heads, config.teacher, config.seed)
+    rows = perplexity(model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed)
     print_table(rows)
     cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)
 

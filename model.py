@@ -184,10 +184,12 @@ def attention_weights(q, k, positions, k_positions, window=None):
     return scores.masked_fill(~visible(positions, k_positions, window), -torch.inf).softmax(-1)
 
 
-def attention_backend(device, dtype):
+def attention_backend(device, dtype, window=None):
     """Which kernel attend() runs on, and why; (name, reason)."""
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", "FlashAttention needs CUDA and 16-bit"
+    if window is not None:  # a kernel's own window counts rows, not positions: right only while no token is missing
+        return "sdpa", "a sliding window goes by position"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "sdpa", "FlashAttention 2 needs an Ampere GPU or newer"
     return ("sdpa", "flash-attn is not installed") if flash_attn_varlen_func is None else ("flash_attn", "installed")
@@ -200,8 +202,7 @@ def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
     ascending within a sequence; seqlens, k_seqlens: rows of each sequence. The queries are the
     last tokens of their sequence. Returns (T, Hq, D).
     """
-    # A kernel's own window counts rows, not positions: right only while no token is missing.
-    if window is None and attention_backend(q.device, q.dtype)[0] == "flash_attn":
+    if attention_backend(q.device, q.dtype, window)[0] == "flash_attn":
         cu, k_cu = (F.pad(torch.tensor(n, device=q.device).cumsum(0), (1, 0)).int() for n in (seqlens, k_seqlens))
         return flash_attn_varlen_func(q, k, v, cu, k_cu, max(seqlens), max(k_seqlens), causal=True)
     rows = zip(q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens), positions.split(seqlens), k_positions.split(k_seqlens))
@@ -245,7 +246,7 @@ class LayerCache:
         self.extra, self.seqlens, self.buffers = extra, [], []  # buffers: per sequence (k, v, positions)
 
     def append(self, k, v, positions, seqlens):
-        """Store new rows; returns k, v, positions, seqlens of all rows so far, packed."""
+        """Store new rows, k and v: (T, Hkv, D), positions: (T,); returns k, v, positions, seqlens of all rows so far, packed."""
         first = not self.buffers
         if first:
             self.seqlens = [0] * len(seqlens)
@@ -287,6 +288,8 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
@@ -317,6 +320,7 @@ class Attention(nn.Module):
         return self.rope(q, positions), self.rope(k, positions), v
 
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
+        """x: (T, hidden_size), normed -> (T, hidden_size); the arguments are Block's."""
         q, k, v = self.qkv(x, positions)
         k_positions, k_seqlens = positions, seqlens
         if cache is not None:
@@ -364,6 +368,10 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.requires_grad_(False).eval()
 
+    @property
+    def device(self):
+        return self.norm.weight.device
+
     def embed(self, ids):
         """ids: (T,) int -> x: (T, hidden_size)."""
         x = self.embed_tokens(ids)
@@ -399,7 +407,7 @@ class Transformer(nn.Module):
             raise ValueError("a prompt is empty")
         if max(seqlens) > limit:
             raise ValueError(f"a prompt of {max(seqlens)} tokens is beyond the model's {limit} positions (max_position_embeddings)")
-        return torch.cat([torch.arange(n, device=self.embed_tokens.weight.device) for n in seqlens])
+        return torch.cat([torch.arange(n, device=self.device) for n in seqlens])
 
     @classmethod
     def from_pretrained(cls, folder, dtype="auto", device="cpu"):

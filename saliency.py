@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from download import DEFAULT
 from model import attention_weights
 
 TEACHERS = ("grad_x_input", "grad_norm", "attention_entropy")
@@ -77,9 +78,9 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
         attention, parts = model.layers[layer].self_attn, []
         q, k, _ = attention.qkv(model.layers[layer].input_layernorm(x), positions)
         for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
-            for rows in torch.arange(len(p)).split(block):
-                weights = attention_weights(q[rows], k, p[rows], p, attention.window)  # (Hq, rows, K)
-                seen = (p[rows] + 1).clamp(max=attention.window or len(p))  # visible tokens
+            for q_rows, p_rows in zip(q.split(block), p.split(block)):
+                weights = attention_weights(q_rows, k, p_rows, p, attention.window)  # (Hq, rows, K)
+                seen = (p_rows + 1).clamp(max=attention.window or len(p))  # visible tokens
                 entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
                 parts.append((1 - entropy).clamp(min=0))  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
@@ -91,7 +92,7 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
 
 @dataclass
 class SaliencyConfig:
-    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    ckpt: str = DEFAULT  # checkpoint folder or name
     prompt: str = ""  # the text to label
     prompt_file: str = ""  # or a file that holds it
     max_tokens: int = 512  # tokens of it that are read
@@ -111,7 +112,7 @@ def draw_heat_map(labels, texts, path, width=48):
     """Paper figure 1: layers x tokens, each layer over its maximum; the text wraps every `width` tokens."""
     import matplotlib.pyplot as plt
 
-    saliency = torch.stack([s / s.max() for s in labels.values()])  # (L, T)
+    saliency = torch.stack([s / s.max().clamp(min=1e-30) for s in labels.values()]).cpu()  # (L, T)
     panels = range(0, len(texts), width)
     figure, axes = plt.subplots(len(panels), 1, figsize=(16, 0.9 + len(panels) * (1.2 + 0.13 * len(labels))), squeeze=False)
     for axis, start in zip(axes[:, 0], panels):
@@ -141,10 +142,11 @@ def draw_sparsity(labels, path, threshold=0.1):
 
 def main():
     import cli
+    from data import prompt_text
     from tokenizer import Tokenizer
 
     config = cli.parse(SaliencyConfig, __doc__)
-    text = cli.prompt_text(config)
+    text = prompt_text(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode(text)[: config.max_tokens]

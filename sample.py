@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 
 import cli
+from data import prompt_text
+from download import DEFAULT
 from model import KVCache
-from sdtp import generate, protected_count
+from sdtp import generate, prefill, protected_count
 from tokenizer import Tokenizer
 
 
 @dataclass
 class SampleConfig:
-    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: heads/CKPT)
     prompt: str = ""  # the prompt
     prompt_file: str = ""  # or a file that holds it
@@ -54,6 +56,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
         temperature=config.temperature, top_p=config.top_p, eos_token_ids=tokenizer.eos_token_ids,
         generator=torch.Generator(config.device).manual_seed(config.seed),
     )  # fmt: skip
+    print(tokenizer.decode(new)[len(shown) :], end="")
     alive = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
     row = {
@@ -76,14 +79,14 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
 
 def main():
     config = cli.parse(SampleConfig, __doc__)
-    if config.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {config.max_new_tokens}: at least 1 is needed")
-    text = cli.prompt_text(config)
+    cli.at_least(1, config, "max_new_tokens")
+    text = prompt_text(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
     if config.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids, rows = tokenizer.encode(text), []
+    prefill(model, torch.tensor(ids[:64], device=config.device))  # warm-up: the first call is slow whatever it does
     if config.dense or config.compare:
         rows.append(run(model, tokenizer, ids, config))
     if not config.dense:

@@ -43,6 +43,11 @@ def is_protected(positions, n):
     return (positions < FIRST_TOKENS) | (positions >= n - keep_count(n, LAST_SHARE))
 
 
+def alive_count(n, share):
+    """Tokens of a prompt of n alive after a stage with that share: keep_count with the protected ones as its floor."""
+    return keep_count(n, share, protected_count(n))
+
+
 class Schedule(dict):
     """{layer: share of the prompt alive from that layer on}; a stage at layer l scores the input of block l.
 
@@ -72,7 +77,7 @@ class Schedule(dict):
         counts, count = [], n
         for layer in range(self.num_hidden_layers):
             if layer in self:
-                count = keep_count(n, self[layer], protected_count(n))
+                count = alive_count(n, self[layer])
             counts.append(count)
         return counts
 
@@ -86,7 +91,7 @@ def select(scores, positions, share, seqlens, prompt_lens):
     keep, kept, start = [], [], 0
     for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
         protected = is_protected(positions[start : start + length], n)
-        count = min(length, keep_count(n, share, protected_count(n)))
+        count = min(length, alive_count(n, share))
         # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
         order = rows.nan_to_num(nan=-math.inf).masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
         keep.append((start + length - 1 - order[:count]).sort().values)
@@ -145,8 +150,9 @@ def write_atomic(path, data):
 def save_heads(folder, heads, model, schedule, **info):
     """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
     tensors = {f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()}
-    write_atomic(Path(folder) / "heads.safetensors", safetensors.torch.save(tensors))
-    meta = {"fingerprint": fingerprint(model), "schedule": {str(layer): share for layer, share in schedule.items()}, **info}
+    data = safetensors.torch.save(tensors)
+    write_atomic(Path(folder) / "heads.safetensors", data)
+    meta = {"fingerprint": fingerprint(model), "sha256": hashlib.sha256(data).hexdigest(), "schedule": {str(layer): share for layer, share in schedule.items()}, **info}
     write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -155,17 +161,20 @@ def load_heads(folder, model):
 
     FileNotFoundError for a missing file; ValueError for a damaged one or heads of another checkpoint.
     """
-    folder, device = Path(folder), model.norm.weight.device
+    folder = Path(folder)
     meta = read_json(folder / "heads.json")
     if meta.get("fingerprint") != fingerprint(model):
         raise ValueError(f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py")
     try:
         schedule = Schedule(len(model.layers), meta["schedule"])
         heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
-        tensors = safetensors.torch.load_file(folder / "heads.safetensors")  # a missing file is named by its own error
+        data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
+        if hashlib.sha256(data).hexdigest() != meta["sha256"]:
+            raise ValueError("heads.safetensors is not the file that heads.json was written with")
+        tensors = safetensors.torch.load(data)
         for layer, head in heads.items():
             head.load_state_dict({name: tensors.pop(f"{layer}.{name}") for name in head.state_dict()})
-            head.to(device)
+            head.to(model.device)
         if tensors:
             raise ValueError(f"unexpected tensor {min(tensors)}")
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
@@ -182,11 +191,14 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
 
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
     scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
-    dense; cache: an empty KVCache to fill (ValueError otherwise). Returns (logits of each prompt's last token (B, vocab_size), cache).
-    RuntimeError when the tokens alive at a layer are not those that the schedule asks for.
+    dense; cache: an empty KVCache to fill. Returns (logits of each prompt's last token (B, vocab_size), cache).
+    ValueError for a used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the
+    tokens alive at a layer are not those that the schedule asks for.
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
-    schedule = schedule or {}
+    scorers, schedule = scorers or {}, schedule or {}
+    if bool(scorers) != bool(schedule) or not schedule.keys() <= scorers.keys():
+        raise ValueError("pruning needs both: a schedule, and a scorer for each of its layers")
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")

@@ -95,9 +95,12 @@ class Tokenizer:
 def read_json(path):
     """The object in a JSON file; empty if there is no such file. Raises ValueError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; fetch it again")
+    return value
 
 
 class TokenizerJson:

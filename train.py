@@ -12,7 +12,7 @@ L = L_lm + L_mse + L_rank.
 import hashlib
 import json
 import math
-import resource
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,15 +27,16 @@ from torch.utils.checkpoint import checkpoint
 import cli
 import data
 import saliency
+from download import DEFAULT
 from eval_tasks import METHODS, perplexity, print_table
 from model import read_json, visible
-from sdtp import PruneHead, Schedule, fingerprint, is_protected, keep_count, protected_count, save_heads, write_atomic
+from sdtp import PruneHead, Schedule, alive_count, fingerprint, is_protected, protected_count, save_heads, write_atomic
 from tokenizer import Tokenizer
 
 
 @dataclass
 class TrainConfig:
-    ckpt: str = "smollm2-135m-q4"  # checkpoint folder or name
+    ckpt: str = DEFAULT  # checkpoint folder or name
     data: str = ""  # pydoc, dolly, FILE.jsonl or FILE.txt (default: pydoc with the default checkpoint, else dolly)
     out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
     resume: bool = False  # go on with the run in out_dir
@@ -71,7 +72,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     grad_clip: float = 1.0  # largest norm of all heads' gradients together
     checkpoint_every: int = 20  # steps
-    checkpoint_blocks: bool = False  # recompute each block in the backward pass: slower, far less memory
+    checkpoint_blocks: str = "auto"  # recompute blocks in the backward pass, slower in far less memory: on, off, auto (on CUDA)
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
@@ -140,7 +141,7 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
         for rows, n in zip(torch.arange(len(pi), device=pi.device).split(seqlens), prompt_lens):
             rows = rows[free[rows]]
             if len(rows):
-                count = keep_count(n, share, protected_count(n)) - protected_count(n)
+                count = alive_count(n, share) - protected_count(n)
                 shift[rows] = hold_share(pi[rows, 0] - pi[rows, 1], alive[rows], count)
         pi = pi - F.pad(shift[:, None], (0, 1))
     keep = F.gumbel_softmax(pi, tau, hard=True)[:, 0]  # straight-through
@@ -208,7 +209,7 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             score = pi_row[:, 0] - pi_row[:, 1]
             mse.append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
             rank.append(rank_loss(score, label, config.rank_reduction, config.rank_pairs))
-            count = keep_count(n, schedule[layer], protected_count(n)) - protected_count(n)
+            count = alive_count(n, schedule[layer]) - protected_count(n)
             if count:
                 best = torch.isin(score.topk(count).indices, label.topk(count).indices)
                 overlap.append(best.float().mean())
@@ -219,9 +220,10 @@ def losses(model, heads, batch, schedule, config):
     """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
     ids, seqlens, prompt_lens, labels = batch
     positions = model.positions(seqlens)
-    free = torch.cat([(p < n) & ~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
+    free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
     held = schedule if config.hold_share else None
-    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, config.tau, held, config.checkpoint_blocks)
+    recompute = config.checkpoint_blocks == "on" or (config.checkpoint_blocks == "auto" and ids.is_cuda)
+    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute)
     mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
@@ -260,7 +262,7 @@ def make_batches(examples, config):
 def pack(model, examples, schedule, config):
     """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}) of a list of examples."""
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
-    ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.norm.weight.device)
+    ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
     layers = list(schedule)
     starts = prompt_lens if config.label_loss == "response" else None
 
@@ -277,7 +279,10 @@ def pack(model, examples, schedule, config):
         parts = zip(*(s.cpu().split(seqlens) for s in compute().values()))  # per prompt, its stages
         for path, stages in zip(paths, parts):
             write_atomic(path, safetensors.torch.save({"labels": torch.stack(stages)}))
-    labels = torch.cat([safetensors.torch.load_file(path)["labels"] for path in paths], dim=1).to(ids.device)
+    try:
+        labels = torch.cat([safetensors.torch.load_file(path)["labels"] for path in paths], dim=1).to(ids.device)
+    except SafetensorError as error:
+        raise ValueError(f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder") from None
     return ids, seqlens, prompt_lens, dict(zip(layers, labels))
 
 
@@ -315,25 +320,32 @@ def load_checkpoint(path, heads, optimizer):
     return int(tensors["step"])
 
 
+def run_flags(config):
+    """The flags that make a run what it is, as a dict."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
+
+
+def saved_flags(config):
+    """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
+    saved, default = read_json(Path(config.out_dir) / "config.json"), TrainConfig()
+    for name, value in run_flags(config).items():
+        if value not in (saved.get(name, value), getattr(default, name)):
+            raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")
+        setattr(config, name, saved.get(name, value))
+
+
 def start_or_resume(config, heads, optimizer):
-    """Returns (first step, log rows so far); refuses to overwrite an unfinished run or to resume with other flags."""
+    """Returns (first step, log rows so far); refuses to overwrite an unfinished run."""
     out, path = Path(config.out_dir), Path(config.out_dir) / "checkpoint.safetensors"
-    flags = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     if not config.resume:
         if path.is_file():
             raise ValueError(f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it")
-        write_atomic(out / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
-        write_atomic(out / "log.jsonl", b"")
         (out / "eval.json").unlink(missing_ok=True)  # an older run's: would say that this one is finished
-        return 0, []
-    saved = read_json(out / "config.json")
-    changed = [k for k in flags if saved.get(k) != flags[k]]
-    if changed:
-        raise ValueError(f"--resume: the run in {out} has --{changed[0]} {saved.get(changed[0])!r}, not {flags[changed[0]]!r}")
-    if not path.is_file():
+        write_atomic(out / "config.json", (json.dumps(run_flags(config), indent=2) + "\n").encode())
+    if not path.is_file():  # a new run, or one killed before its first checkpoint
         if (out / "eval.json").is_file():
             raise ValueError(f"--resume: the run in {out} is finished")
-        write_atomic(out / "log.jsonl", b"")  # killed before its first checkpoint: all over again
+        write_atomic(out / "log.jsonl", b"")
         return 0, []
     step = load_checkpoint(path, heads, optimizer)
     lines = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines() if line.endswith("}")]
@@ -402,7 +414,7 @@ def new_head(model):
     scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
     head = PruneHead(model.config.hidden_size)
     torch.nn.init.zeros_(head.fc2.weight)
-    return head.to(model.norm.weight.device)
+    return head.to(model.device)
 
 
 def train_step(model, heads, optimizer, batches, schedule, config):
@@ -415,6 +427,8 @@ def train_step(model, heads, optimizer, batches, schedule, config):
         values = {name: t.item() for name, t in terms.items()} | {f"alive_{layer}": share for layer, share in alive.items()}
         for name, value in values.items():
             record[name] = record.get(name, 0.0) + value / len(batches)
+    if not math.isfinite(record["loss"]):
+        raise ValueError(f"the loss is {record['loss']} ({record}): lower --lr, or look at --tau and the weights")
     record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters(heads).values(), config.grad_clip).item()
     optimizer.step()
     return record | {"alive": record[f"alive_{max(alive)}"]}
@@ -443,7 +457,7 @@ def train(model, heads, examples, schedule, config):
         shown = " ".join(f"{name} {record[name]:.3f}" for name in ("lm", "mse", "rank", "distill") if name in record)
         print(
             f"step {step + 1}/{steps} | loss {record['loss']:.3f} {shown} | alive {record['alive']:.2f} | top-k overlap {record['overlap']:.2f}"
-            f" | {seconds / prompts * 1000:.0f} ms/prompt | eta {eta // 60:.0f}:{eta % 60:02.0f}",
+            f" | {seconds / prompts * 1000:.0f} ms/prompt | peak {peak_memory(config.device) / 2**30:.1f} GiB | eta {eta // 60:.0f}:{eta % 60:02.0f}",
             flush=True,
         )
     return history
@@ -453,41 +467,60 @@ def peak_memory(device):
     """Peak bytes: allocated on CUDA, resident on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_flags(config):
+    """ValueError for a flag out of its range."""
+    choices = {"teacher": saliency.TEACHERS, "label_loss": ("response", "all"), "rank_reduction": ("mean", "sum"), "checkpoint_blocks": ("auto", "on", "off")}
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
+    cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "stages", "rank_pairs", "score_len", "eval_prompts")
+    cli.at_least(0, config, "first_layer", "max_prompts")
+    if config.tau <= 0:
+        raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
+
+
+def prompts(config, tokenizer, model):
+    """(training Examples, held-out Examples), all of which can be pruned and fit the model; ValueError where none is left."""
+    examples, held_out = data.load(config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
+    examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
+    held_out = held_out[: config.eval_prompts]
+    if not examples or not held_out:
+        raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
+    model.positions([max(len(e.prompt) + len(e.response) for e in examples + held_out)])  # refuses one that is too long now
+    return examples, held_out
 
 
 def main():
     config = cli.parse(TrainConfig, __doc__)
-    for name, choices in (("teacher", saliency.TEACHERS), ("label_loss", ("response", "all")), ("rank_reduction", ("mean", "sum"))):
-        if getattr(config, name) not in choices:
-            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
-    for name in ("epochs", "batch_tokens", "accumulate", "checkpoint_every", "step"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: at least 1 is needed")
-    config.data = config.data or ("pydoc" if config.ckpt == TrainConfig.ckpt else "dolly")
+    if config.resume:
+        saved_flags(config)
+    check_flags(config)
+    config.data = config.data or ("pydoc" if Path(config.ckpt).name == DEFAULT else "dolly")
     model, folder = cli.load_model(config)
-    commit = cli.origin()["commit"]
     schedule = Schedule(len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio)
-    examples, held_out = data.load(config.data, Tokenizer(folder), config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
-    examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
-    if not examples or not held_out:
-        raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
+    examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
     out = Path(config.out_dir)
+    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), **cli.ORIGIN, **{k: v for k, v in run_flags(config).items() if k not in cli.ORIGIN})
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
-    print(f"peak memory of training {peak_memory(config.device) / 2**30:.1f} GiB; now {min(config.eval_prompts, len(held_out))} held-out prompts", flush=True)
-    rows = perplexity(model, held_out[: config.eval_prompts], METHODS, schedule, heads, config.teacher, config.seed)
+    print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
+    rows = perplexity(model, held_out, METHODS, schedule, heads, config.teacher, config.label_loss, config.seed)
     print_table(rows)
-    for path in (out / "eval.json", config.json):
+    for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
-    flags = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
-    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), commit=commit, **flags)
     (out / "checkpoint.safetensors").unlink()
-    print(f"heads in {out / 'heads'}, table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
+    print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def test_every_flag_has_help(script):
 def test_rows_without_git(tmp_path, monkeypatch):
     """On a machine without git the rows are still written."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    cli.note_origin()
     cli.write_rows(tmp_path / "r.json", [{"a": 1}, {"a": 2}], seed=5)
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [r["a"] for r in rows] == [1, 2] and all(r["commit"] == "unknown" and r["seed"] == 5 for r in rows)

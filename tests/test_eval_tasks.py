@@ -102,6 +102,14 @@ def test_teacher_labels_by_the_response(monkeypatch):
     assert calls == [(e.prompt + e.response, {"prompt_lens": [len(e.prompt)]}) for e in [EXAMPLES[0], *EXAMPLES]]
 
 
+def test_a_method_named_twice_runs_once():
+    """A repeated method gives one row, the same as named once."""
+    names = ["dense", "most_recent", "dense", "most_recent"]
+    rows = perplexity(tiny.build(), EXAMPLES, names, SCHEDULE)
+    once = perplexity(tiny.build(), EXAMPLES, names[:2], SCHEDULE)
+    assert [(r["method"], r["loss"], r["mean_alive"]) for r in rows] == [(r["method"], r["loss"], r["mean_alive"]) for r in once]
+
+
 def test_errors():
     """An unknown method, no heads for sdtp, and nothing to evaluate on are errors."""
     model = tiny.build()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from model import Config, KVCache, Transformer, attend, attention_weights, sdpa,
 os.environ["HF_HUB_OFFLINE"] = "1"
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+STORIES = Path(__file__).parents[2] / "shared/data/stories260k"
 T = 40  # prompt; the windows below are 7, so T > 2 * window
 
 CASES = {
@@ -376,6 +378,18 @@ def test_prompt_beyond_positions():
         m(tiny.ids(65))
     with pytest.raises(ValueError, match="65 tokens"):
         m(tiny.ids(70), seqlens=[5, 65])
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the real 260K-parameter Llama in ../shared/data")
+def test_stories260k():
+    """Real weights with a sentencepiece tokenizer tell the known story."""
+    from sdtp import generate
+    from tokenizer import Tokenizer
+
+    tokenizer, stories = Tokenizer(STORIES), Transformer.from_pretrained(STORIES, torch.float32)
+    ids = tokenizer.encode("Once upon a time")
+    story = tokenizer.decode(ids + generate(stories, torch.tensor(ids), 40)[0])
+    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
 
 
 @pytest.mark.network

@@ -5,6 +5,7 @@ from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 import tiny
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +29,11 @@ def stages(ratio):
 
 
 def random_heads(model, seed=0):
-    """A linear scorer per layer, in float64: a head's call, exact whatever rows it is given together."""
+    """A linear scorer for every layer, in float64: a head's call, exact whatever rows it is given together."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.randn(len(model.layers), model.config.hidden_size, generator=g, dtype=torch.float64)
-    return [lambda x, positions, seqlens, block, w=w: (x.double() * w).sum(-1).float() for w in weights]
+    scorers = [lambda x, positions, seqlens, block, w=w: (x.double() * w).sum(-1).float() for w in weights]
+    return dict(enumerate(scorers))
 
 
 def kept_by_sort(scores, positions, n, share):
@@ -172,6 +174,15 @@ def test_ratio_1_changes_no_bit(fields, dtype, monkeypatch):
         assert len(calls) == len(schedule) and torch.equal(pruned, dense)
         for a, b in zip(cache.layers, dense_cache.layers):
             assert all(torch.equal(t, u) for t, u in zip(a.rows(), b.rows(), strict=True))
+
+
+def test_half_asked_pruning_is_refused():
+    """Scorers without a schedule, a schedule without scorers or without one of them: never a silent dense run."""
+    model, schedule = tiny.build(), Schedule(3, {1: 0.5, 2: 0.4})
+    heads = random_heads(model)
+    for scorers, stages in ((heads, None), (None, schedule), ({1: heads[1]}, schedule)):
+        with pytest.raises(ValueError, match="pruning needs both"):
+            prefill(model, tiny.ids(30), scorers, stages)
 
 
 @each_model
@@ -403,6 +414,11 @@ def test_heads_of_another_checkpoint(saved):
         load_heads(folder / "heads", tiny.randomise(model, seed=1))
 
 
+def swap_weights(folder):
+    tensors = safetensors.torch.load_file(folder / "heads.safetensors")
+    safetensors.torch.save_file({name: t + 1 for name, t in tensors.items()}, folder / "heads.safetensors")
+
+
 def no_schedule(folder):
     meta = json.loads((folder / "heads.json").read_text())
     del meta["schedule"]
@@ -419,6 +435,7 @@ def other_schedule(folder, shares):
     [
         (lambda f: (f / "heads.json").unlink(), FileNotFoundError, "heads.json"),
         (lambda f: (f / "heads.safetensors").unlink(), FileNotFoundError, "heads.safetensors"),
+        (lambda f: swap_weights(f), ValueError, "not the file that heads.json was written with"),
         (lambda f: (f / "heads.json").write_text("{"), ValueError, "heads.json"),
         (lambda f: (f / "heads.json").write_text("[]"), ValueError, "heads.json"),
         (lambda f: (f / "heads.json").write_text("{}"), ValueError, "another checkpoint"),

@@ -460,12 +460,22 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
     (out / "checkpoint.safetensors").write_bytes(checkpoint)
     with pytest.raises(SystemExit, match="--lr 0.002, not 0.5"):
         run(world, "killed", monkeypatch, "--resume", "--lr", "0.5")
-    run(world, "killed", monkeypatch, "--resume")
+    # nothing but the folder is needed: the flags are the run's own
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir", str(out)])
+    cli.run(train.main)
     assert f"{total - done // 10 * 10} of {total} steps to go" in capsys.readouterr().out
     for name in ("heads/heads.safetensors", "log.jsonl"):
         assert (out / name).read_bytes() == (world / "unbroken" / name).read_bytes()
     with pytest.raises(SystemExit, match="finished"):
         run(world, "killed", monkeypatch, "--resume")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world, monkeypatch):
+    """NaN in the loss ends the run in one line; no heads are written."""
+    monkeypatch.setattr(train, "rank_loss", lambda scores, *rest: scores.sum() * math.nan)
+    with pytest.raises(SystemExit, match="the loss is nan"):
+        run(world, "nan", monkeypatch)
+    assert not (world / "nan" / "heads").exists()
 
 
 def test_killed_before_the_first_checkpoint(world, monkeypatch):
