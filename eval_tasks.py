@@ -1,7 +1,7 @@
 """What pruning costs: loss and perplexity of responses after a dense and after a pruned prompt.
 
-    python eval_tasks.py --tasks ppl --text FILE.txt      # windows of plain text
-    python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's fields
+python eval_tasks.py --tasks ppl --text FILE.txt      # windows of plain text
+python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's fields
 """
 
 import math
@@ -138,14 +138,21 @@ def check_methods(methods):
 
 def print_table(rows):
     """The rows of perplexity(), aligned."""
-    print(f"{'method':<15} {'loss':>7} {'diff':>7} {'ppl':>8} {'ppl diff':>9} {'mean alive':>11} {'1/tau':>6} {'prefill':>8}")
+    print(
+        f"{'method':<15} {'loss':>7} {'diff':>7} {'ppl':>8} {'ppl diff':>9} {'mean alive':>11} {'1/tau':>6} {'prefill':>8}"
+    )
     for r in rows:
         print(
             f"{r['method']:<15} {r['loss']:7.3f} {r['loss_diff']:+7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%}"
-            f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['prefill_speedup']:7.2f}x" + " at the floor" * (r["at_floor"] == 1)
+            f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['prefill_speedup']:7.2f}x"
+            + " at the floor"
+            * (r["at_floor"] == 1)
         )
     first = rows[0]
-    print(f"{first['prompts']} prompts of {first['prompt_tokens'] / first['prompts']:.0f} tokens on average, {first['scored_tokens']} tokens scored", flush=True)
+    print(
+        f"{first['prompts']} prompts of {first['prompt_tokens'] / first['prompts']:.0f} tokens on average, {first['scored_tokens']} tokens scored",
+        flush=True,
+    )
 
 
 def main():
@@ -165,7 +172,9 @@ def main():
         count = min(config.limit, len(windows))
         examples = [windows[i * len(windows) // count] for i in range(count)]
     else:
-        _, held_out = data.load(config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
+        _, held_out = data.load(
+            config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
+        )
         examples = held_out[: config.limit]
     rows = perplexity(model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed)
     print_table(rows)

@@ -31,9 +31,16 @@ FAMILIES = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma": {
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
 }
-REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+REQUIRED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+)
 ROPE_SCALINGS = {  # rope type -> the fields it needs
     "default": (),
     "linear": ("factor",),
@@ -79,7 +86,10 @@ class Config:
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: a positive whole number is needed")
         # Today's hub checkpoints: rope_theta + rope_scaling. transformers 5: rope_parameters, both in one.
-        rope = dict(raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})})
+        rope = dict(
+            raw.get("rope_parameters")
+            or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})}
+        )
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         raw["rope_scaling"] = rope
         if family == "gemma":
@@ -90,7 +100,9 @@ class Config:
             raw["sliding_window"] = None
         if family == "qwen2" and "layer_types" not in raw:
             full = raw.get("max_window_layers", 28)
-            raw["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(raw["num_hidden_layers"])]
+            raw["layer_types"] = [
+                "full_attention" if i < full else "sliding_attention" for i in range(raw["num_hidden_layers"])
+            ]
         if family in ("llama", "gemma"):
             raw["sliding_window"] = None
         if family != "qwen2" and "layer_types" in raw:
@@ -134,7 +146,9 @@ def inverse_frequencies(config):
     needed, known = ROPE_SCALINGS[kind], ("rope_type", "type", "original_max_position_embeddings")
     odd = [name for name in needed if name not in scaling] + [name for name in scaling if name not in needed + known]
     if odd:
-        raise ValueError(f"rope_scaling type {kind!r}: {odd[0]} is " + ("missing" if odd[0] in needed else "not supported"))
+        raise ValueError(
+            f"rope_scaling type {kind!r}: {odd[0]} is " + ("missing" if odd[0] in needed else "not supported")
+        )
     # device given: from_pretrained builds the modules on the meta device, and this tensor is in no file
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent
@@ -177,8 +191,10 @@ def visible(positions, k_positions, window=None):
 
 def attention_weights(q, k, positions, k_positions, window=None):
     """q: (T, Hq, D), k: (K, Hkv, D) of one sequence -> softmax weights (Hq, T, K), float32 or wider."""
-    T, K = len(q), len(k)
-    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, G * T, D): the heads of a group share keys
+    T = len(q)
+    q = (
+        q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    )  # (Hkv, G * T, D): the heads of a group share keys
     scores = (q @ k.permute(1, 2, 0)).unflatten(1, (-1, T)).flatten(0, 1) * k.shape[-1] ** -0.5  # (Hq, T, K)
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return scores.masked_fill(~visible(positions, k_positions, window), -torch.inf).softmax(-1)
@@ -205,7 +221,9 @@ def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
     if attention_backend(q.device, q.dtype, window)[0] == "flash_attn":
         cu, k_cu = (F.pad(torch.tensor(n, device=q.device).cumsum(0), (1, 0)).int() for n in (seqlens, k_seqlens))
         return flash_attn_varlen_func(q, k, v, cu, k_cu, max(seqlens), max(k_seqlens), causal=True)
-    rows = zip(q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens), positions.split(seqlens), k_positions.split(k_seqlens))
+    rows = zip(
+        q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens), positions.split(seqlens), k_positions.split(k_seqlens)
+    )
     out = [sdpa(*row, window) for row in rows]
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -406,7 +424,9 @@ class Transformer(nn.Module):
         if min(seqlens, default=0) < 1:
             raise ValueError("a prompt is empty")
         if max(seqlens) > limit:
-            raise ValueError(f"a prompt of {max(seqlens)} tokens is beyond the model's {limit} positions (max_position_embeddings)")
+            raise ValueError(
+                f"a prompt of {max(seqlens)} tokens is beyond the model's {limit} positions (max_position_embeddings)"
+            )
         return torch.cat([torch.arange(n, device=self.device) for n in seqlens])
 
     @classmethod
@@ -432,11 +452,15 @@ class Transformer(nn.Module):
             if key not in expected:
                 raise ValueError(f"{path}: unexpected tensor {name}")
             if tensor.shape != expected[key].shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(expected[key].shape)}")
+                raise ValueError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(expected[key].shape)}"
+                )
             state[key] = tensor.to(device, dtype)
         missing = sorted(expected.keys() - state.keys())
         if missing:
-            raise ValueError(f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+            raise ValueError(
+                f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            )
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).to(device, dtype)
 
@@ -453,7 +477,9 @@ def auto_dtype(device):
 def read_json(path):
     """The JSON object in a file; FileNotFoundError or ValueError in one line."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist" + ("" if path.parent.is_dir() else f" (no folder {path.parent})"))
+        raise FileNotFoundError(
+            f"{path} does not exist" + ("" if path.parent.is_dir() else f" (no folder {path.parent})")
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,6 +1,6 @@
 """The teacher: how much each prompt token matters at each layer, from one dense forward and one backward.
 
-    python saliency.py --prompt_file README.md      # heat map and sparsity curve (paper figures 1 and 2)
+python saliency.py --prompt_file README.md      # heat map and sparsity curve (paper figures 1 and 2)
 """
 
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
     positions, labels = model.positions(seqlens), {}
     for layer, x in states.items():
         attention, parts = model.layers[layer].self_attn, []
-        q, k, _ = attention.qkv(model.layers[layer].input_layernorm(x), positions)
-        for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
+        q_all, k_all, _ = attention.qkv(model.layers[layer].input_layernorm(x), positions)
+        for q, k, p in zip(q_all.split(seqlens), k_all.split(seqlens), positions.split(seqlens)):
             for q_rows, p_rows in zip(q.split(block), p.split(block)):
                 weights = attention_weights(q_rows, k, p_rows, p, attention.window)  # (Hq, rows, K)
                 seen = (p_rows + 1).clamp(max=attention.window or len(p))  # visible tokens
@@ -114,10 +114,14 @@ def draw_heat_map(labels, texts, path, width=48):
 
     saliency = torch.stack([s / s.max().clamp(min=1e-30) for s in labels.values()]).cpu()  # (L, T)
     panels = range(0, len(texts), width)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(16, 0.9 + len(panels) * (1.2 + 0.13 * len(labels))), squeeze=False)
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(16, 0.9 + len(panels) * (1.2 + 0.13 * len(labels))), squeeze=False
+    )
     for axis, start in zip(axes[:, 0], panels):
         part = saliency[:, start : start + width]
-        image = axis.imshow(part.sqrt(), aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0, part.shape[1], len(labels), 0))
+        image = axis.imshow(
+            part.sqrt(), aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0, part.shape[1], len(labels), 0)
+        )
         axis.set_xlim(0, width)
         shown = [t.replace("$", r"\$").replace("\n", "\\n")[:14] for t in texts[start : start + width]]
         axis.set_xticks([i + 0.5 for i in range(len(shown))], shown, rotation=90, fontsize=7)

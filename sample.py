@@ -1,7 +1,7 @@
 """Generate from a prompt, with and without pruning.
 
-    python sample.py --prompt "The capital of France is"
-    python sample.py --prompt_file README.md --compare      # dense, then pruned
+python sample.py --prompt "The capital of France is"
+python sample.py --prompt_file README.md --compare      # dense, then pruned
 """
 
 import time
@@ -68,7 +68,10 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
         "kv_bytes": cache.nbytes(),
     }
     floor = schedule and alive[-1] == protected_count(len(ids))
-    print(f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}" + " (the floor: protected tokens only)" * bool(floor))
+    print(
+        f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}"
+        + " (the floor: protected tokens only)" * bool(floor)
+    )
     print(
         f"[{row['method']}] mean alive {row['mean_alive']:.1%} of {len(ids)} | first token {row['first_token_s'] * 1000:.0f} ms"
         f" | {row['tokens_per_s']:.1f} tokens/s | KV {row['kv_bytes'] / 2**20:.2f} MiB\n",

@@ -25,7 +25,9 @@ def last_attention(w=8):
     def scorer(x, positions, seqlens, block):
         q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
         parts = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens))
-        return torch.cat([attention_weights(q[-w:], k, p[-w:], p, block.self_attn.window).mean((0, 1)) for q, k, p in parts])
+        return torch.cat(
+            [attention_weights(q[-w:], k, p[-w:], p, block.self_attn.window).mean((0, 1)) for q, k, p in parts]
+        )
 
     return scorer
 

@@ -63,13 +63,19 @@ class Schedule(dict):
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
         self.num_hidden_layers = num_hidden_layers
         if not self:
-            raise ValueError(f"the schedule has no stage: first layer {first_layer} in a model of {num_hidden_layers} layers")
+            raise ValueError(
+                f"the schedule has no stage: first layer {first_layer} in a model of {num_hidden_layers} layers"
+            )
         previous = 1.0
         for layer, share in self.items():
             if not 0 <= layer < num_hidden_layers:
-                raise ValueError(f"the schedule has a stage at layer {layer}, the model has layers 0 to {num_hidden_layers - 1}")
+                raise ValueError(
+                    f"the schedule has a stage at layer {layer}, the model has layers 0 to {num_hidden_layers - 1}"
+                )
             if not 0 <= share <= previous:
-                raise ValueError(f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before")
+                raise ValueError(
+                    f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before"
+                )
             previous = share
 
     def alive(self, n):
@@ -93,7 +99,12 @@ def select(scores, positions, share, seqlens, prompt_lens):
         protected = is_protected(positions[start : start + length], n)
         count = min(length, alive_count(n, share))
         # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
-        order = rows.nan_to_num(nan=-math.inf).masked_fill(protected, math.inf).flip(0).argsort(descending=True, stable=True)
+        order = (
+            rows.nan_to_num(nan=-math.inf)
+            .masked_fill(protected, math.inf)
+            .flip(0)
+            .argsort(descending=True, stable=True)
+        )
         keep.append((start + length - 1 - order[:count]).sort().values)
         kept.append(count)
         start += length
@@ -113,7 +124,9 @@ class PruneHead(nn.Module):
 
     def logits(self, x):
         """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop."""
-        hidden = F.linear(x, self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype))  # the large product, in the model's dtype
+        hidden = F.linear(
+            x, self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype)
+        )  # the large product, in the model's dtype
         return self.fc2(F.gelu(hidden).float())
 
     def forward(self, x, positions=None, seqlens=None, block=None):
@@ -149,10 +162,17 @@ def write_atomic(path, data):
 
 def save_heads(folder, heads, model, schedule, **info):
     """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
-    tensors = {f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()}
+    tensors = {
+        f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()
+    }
     data = safetensors.torch.save(tensors)
     write_atomic(Path(folder) / "heads.safetensors", data)
-    meta = {"fingerprint": fingerprint(model), "sha256": hashlib.sha256(data).hexdigest(), "schedule": {str(layer): share for layer, share in schedule.items()}, **info}
+    meta = {
+        "fingerprint": fingerprint(model),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "schedule": {str(layer): share for layer, share in schedule.items()},
+        **info,
+    }
     write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -164,7 +184,9 @@ def load_heads(folder, model):
     folder = Path(folder)
     meta = read_json(folder / "heads.json")
     if meta.get("fingerprint") != fingerprint(model):
-        raise ValueError(f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py")
+        raise ValueError(
+            f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
+        )
     try:
         schedule = Schedule(len(model.layers), meta["schedule"])
         heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
@@ -178,7 +200,9 @@ def load_heads(folder, model):
         if tensors:
             raise ValueError(f"unexpected tensor {min(tensors)}")
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}"
+        ) from None
     return heads, schedule, meta
 
 
@@ -218,7 +242,9 @@ def check_alive(cache, schedule, prompt_lens):
     wanted = [schedule.alive(n) if schedule else [n] * len(cache.layers) for n in prompt_lens]
     for layer, (held, asked) in enumerate(zip(cache.seqlens(), zip(*wanted))):
         if held != list(asked):
-            raise RuntimeError(f"layer {layer} holds {held} tokens where the schedule asks for {list(asked)}: pruning was not applied")
+            raise RuntimeError(
+                f"layer {layer} holds {held} tokens where the schedule asks for {list(asked)}: pruning was not applied"
+            )
 
 
 def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -247,7 +273,9 @@ def generate(
     prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     limit = model.config.max_position_embeddings
     if max(prompt_lens) + max_new_tokens > limit:
-        raise ValueError(f"a prompt of {max(prompt_lens)} tokens and {max_new_tokens} new ones are beyond the model's {limit} positions")
+        raise ValueError(
+            f"a prompt of {max(prompt_lens)} tokens and {max_new_tokens} new ones are beyond the model's {limit} positions"
+        )
     cache = KVCache(len(model.layers), extra=max_new_tokens) if cache is None else cache
     logits, cache = prefill(model, ids, scorers, schedule, prompt_lens, cache)
     positions = torch.tensor(prompt_lens, device=ids.device)

@@ -4,6 +4,7 @@ tokenizer.model.
     tokenizer = Tokenizer("checkpoints/smollm2-135m-q4")
     ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
 """
+
 import json
 import re
 from itertools import groupby
@@ -81,13 +82,19 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token or "",
+            )
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.folder}: the chat template does not take these messages: {error}") from error
 
@@ -108,6 +115,7 @@ class TokenizerJson:
 
     def __init__(self, path):
         from tokenizers import Tokenizer as Library
+
         self.library = Library.from_file(str(path))
         self.library.no_truncation()  # some files ask for it, and would cut long prompts without a word
         self.library.no_padding()
@@ -128,6 +136,7 @@ class Sentencepiece:
 
     def __init__(self, path, config):
         from sentencepiece import SentencePieceProcessor
+
         model = path.read_bytes()
         self.first = SentencePieceProcessor(model_proto=model)
         # Only the start of a text gets a space in front, unless the config says `legacy`: then every part does. To stop

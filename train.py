@@ -72,7 +72,9 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     grad_clip: float = 1.0  # largest norm of all heads' gradients together
     checkpoint_every: int = 20  # steps
-    checkpoint_blocks: str = "auto"  # recompute blocks in the backward pass, slower in far less memory: on, off, auto (on CUDA)
+    checkpoint_blocks: str = (
+        "auto"  # recompute blocks in the backward pass, slower in far less memory: on, off, auto (on CUDA)
+    )
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
@@ -213,7 +215,11 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             if count:
                 best = torch.isin(score.topk(count).indices, label.topk(count).indices)
                 overlap.append(best.float().mean())
-    return torch.stack(mse).mean(), torch.stack(rank).mean() * len(logits), torch.stack(overlap or [torch.zeros(())]).mean()
+    return (
+        torch.stack(mse).mean(),
+        torch.stack(rank).mean() * len(logits),
+        torch.stack(overlap or [torch.zeros(())]).mean(),
+    )
 
 
 def losses(model, heads, batch, schedule, config):
@@ -282,7 +288,9 @@ def pack(model, examples, schedule, config):
     try:
         labels = torch.cat([safetensors.torch.load_file(path)["labels"] for path in paths], dim=1).to(ids.device)
     except SafetensorError as error:
-        raise ValueError(f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder") from None
+        raise ValueError(
+            f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder"
+        ) from None
     return ids, seqlens, prompt_lens, dict(zip(layers, labels))
 
 
@@ -313,7 +321,10 @@ def load_checkpoint(path, heads, optimizer):
         raise ValueError(f"{path} is damaged ({error}): delete it and start again") from None
     for name, p in parameters(heads).items():
         p.data.copy_(tensors[f"heads.{name}"])
-        optimizer.state[p] = {key: tensors[f"adamw.{name}.{key}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {
+            key: tensors[f"adamw.{name}.{key}"].to(p.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
     torch.set_rng_state(tensors["rng"])
     if "cuda_rng" in tensors:
         torch.cuda.set_rng_state(tensors["cuda_rng"])
@@ -339,7 +350,9 @@ def start_or_resume(config, heads, optimizer):
     out, path = Path(config.out_dir), Path(config.out_dir) / "checkpoint.safetensors"
     if not config.resume:
         if path.is_file():
-            raise ValueError(f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it")
+            raise ValueError(
+                f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it"
+            )
         (out / "eval.json").unlink(missing_ok=True)  # an older run's: would say that this one is finished
         write_atomic(out / "config.json", (json.dumps(run_flags(config), indent=2) + "\n").encode())
     if not path.is_file():  # a new run, or one killed before its first checkpoint
@@ -424,7 +437,9 @@ def train_step(model, heads, optimizer, batches, schedule, config):
     for examples in batches:
         terms, alive = losses(model, heads, pack(model, examples, schedule, config), schedule, config)
         (terms["loss"] / len(batches)).backward()
-        values = {name: t.item() for name, t in terms.items()} | {f"alive_{layer}": share for layer, share in alive.items()}
+        values = {name: t.item() for name, t in terms.items()} | {
+            f"alive_{layer}": share for layer, share in alive.items()
+        }
         for name, value in values.items():
             record[name] = record.get(name, 0.0) + value / len(batches)
     if not math.isfinite(record["loss"]):
@@ -441,7 +456,10 @@ def train(model, heads, examples, schedule, config):
     optimizer = torch.optim.AdamW(parameters(heads).values(), lr=config.lr, weight_decay=config.weight_decay)
     first, history = start_or_resume(config, heads, optimizer)
     out, steps, begin, prompts = Path(config.out_dir), len(groups), time.perf_counter(), 0
-    print(f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, schedule))}", flush=True)
+    print(
+        f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, schedule))}",
+        flush=True,
+    )
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
@@ -476,11 +494,28 @@ def peak_memory(device):
 
 def check_flags(config):
     """ValueError for a flag out of its range."""
-    choices = {"teacher": saliency.TEACHERS, "label_loss": ("response", "all"), "rank_reduction": ("mean", "sum"), "checkpoint_blocks": ("auto", "on", "off")}
+    choices = {
+        "teacher": saliency.TEACHERS,
+        "label_loss": ("response", "all"),
+        "rank_reduction": ("mean", "sum"),
+        "checkpoint_blocks": ("auto", "on", "off"),
+    }
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
-    cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "stages", "rank_pairs", "score_len", "eval_prompts")
+    cli.at_least(
+        1,
+        config,
+        "epochs",
+        "batch_tokens",
+        "accumulate",
+        "checkpoint_every",
+        "step",
+        "stages",
+        "rank_pairs",
+        "score_len",
+        "eval_prompts",
+    )
     cli.at_least(0, config, "first_layer", "max_prompts")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
@@ -488,12 +523,18 @@ def check_flags(config):
 
 def prompts(config, tokenizer, model):
     """(training Examples, held-out Examples), all of which can be pruned and fit the model; ValueError where none is left."""
-    examples, held_out = data.load(config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
+    examples, held_out = data.load(
+        config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
+    )
     examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
     held_out = held_out[: config.eval_prompts]
     if not examples or not held_out:
-        raise ValueError(f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt")
-    model.positions([max(len(e.prompt) + len(e.response) for e in examples + held_out)])  # refuses one that is too long now
+        raise ValueError(
+            f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt"
+        )
+    model.positions(
+        [max(len(e.prompt) + len(e.response) for e in examples + held_out)]
+    )  # refuses one that is too long now
     return examples, held_out
 
 
@@ -504,14 +545,24 @@ def main():
     check_flags(config)
     config.data = config.data or ("pydoc" if Path(config.ckpt).name == DEFAULT else "dolly")
     model, folder = cli.load_model(config)
-    schedule = Schedule(len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio)
+    schedule = Schedule(
+        len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio
+    )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
     out = Path(config.out_dir)
-    save_heads(out / "heads", heads, model, schedule, prompts=len(examples), **cli.ORIGIN, **{k: v for k, v in run_flags(config).items() if k not in cli.ORIGIN})
+    save_heads(
+        out / "heads",
+        heads,
+        model,
+        schedule,
+        prompts=len(examples),
+        **cli.ORIGIN,
+        **{k: v for k, v in run_flags(config).items() if k not in cli.ORIGIN},
+    )
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
     print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import cli
 import scorers
-from bench import executed_flops, paper_flops, pairs
+from bench import executed_flops, pairs, paper_flops
 from model import attention_weights
 from sdtp import PruneHead, Schedule, prefill, select
 
@@ -31,7 +31,9 @@ def plain_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=Non
     return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(0, 1)).transpose(0, 1)
 
 
-@pytest.mark.parametrize("stages", [{}, {1: 0.6, 3: 0.3}, {0: 0.7, 2: 0.4}], ids=["dense", "two stages", "from layer 0"])
+@pytest.mark.parametrize(
+    "stages", [{}, {1: 0.6, 3: 0.3}, {0: 0.7, 2: 0.4}], ids=["dense", "two stages", "from layer 0"]
+)
 def test_executed_flops_equal_torchs_counter(stages):
     """Linear and head FLOPs are exactly what torch counts; its attention is the full square of the same formula."""
     model, n = tiny.build(torch.float32, num_hidden_layers=4, head_dim=8), 40
@@ -90,9 +92,14 @@ def test_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
     cli.run(bench.main)
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [(r["length"], r["method"]) for r in rows] == [(n, m) for n in (20, 40) for m in ("dense", "sdtp", "transformers")]
+    assert [(r["length"], r["method"]) for r in rows] == [
+        (n, m) for n in (20, 40) for m in ("dense", "sdtp", "transformers")
+    ]
     dense, pruned, reference = rows[3:]
-    assert dense["speedup"] == dense["flops_ratio"] == dense["mean_alive"] == 1 and reference["prefill_flops"] == dense["prefill_flops"]
+    assert (
+        dense["speedup"] == dense["flops_ratio"] == dense["mean_alive"] == 1
+        and reference["prefill_flops"] == dense["prefill_flops"]
+    )
     assert pruned["mean_alive"] == pytest.approx((4 * 40 + 3 * 24 + 14) / 8 / 40) and pruned["flops_ratio"] > 1
     assert pruned["reached"] == pytest.approx(pruned["speedup"] / pruned["flops_ratio"])
     assert {"commit", "command", "versions", "machine"} <= dense.keys() and dense["seed"] == 2

@@ -143,7 +143,9 @@ def test_mistakes(run, command, tmp_path):
 def test_from_outside(world):
     """As a process: one line on stderr, status 1; download.py as well."""
     for command in (["sample.py", "--ckpt", "cut", "--prompt", "a"], ["download.py", "gpt-17"]):
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, cwd=world)
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, cwd=world
+        )
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
         assert command[-1] in done.stderr or "damaged" in done.stderr
 
@@ -161,12 +163,27 @@ def test_sample_compare(run, tmp_path):
     # keys and values, 2 heads of 8 float32 numbers, of what is alive and the tokens to come
     assert pruned["kv_bytes"] == sum(2 * 2 * 8 * 4 * (int(a + 0.5) + 5) for a in alive)
     for row in (dense, pruned):
-        assert {"commit", "versions", "machine"} <= row.keys() and row["seed"] == 7 and row["command"].startswith("python sample.py --ckpt tiny")
+        assert (
+            {"commit", "versions", "machine"} <= row.keys()
+            and row["seed"] == 7
+            and row["command"].startswith("python sample.py --ckpt tiny")
+        )
 
 
 def test_keep_at_the_floor_says_so(run):
     """A share below what is protected keeps the floor, and the line says so."""
-    flags = ["--ckpt", "tiny", "--prompt", "hello there, how are you today?", "--keep", 0.05, "--max_new_tokens", 3, "--dtype", "float32"]
+    flags = [
+        "--ckpt",
+        "tiny",
+        "--prompt",
+        "hello there, how are you today?",
+        "--keep",
+        0.05,
+        "--max_new_tokens",
+        3,
+        "--dtype",
+        "float32",
+    ]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert run("sample.py", *flags)[0] == 0
     assert "32 32 7 7 7 (the floor: protected tokens only)" in out.getvalue()

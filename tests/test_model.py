@@ -15,7 +15,13 @@ from model import Config, KVCache, Transformer, attend, attention_weights, sdpa,
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 LINEAR = {"rope_type": "linear", "factor": 4.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 STORIES = Path(__file__).parents[2] / "shared/data/stories260k"
 T = 40  # prompt; the windows below are 7, so T > 2 * window
 
@@ -60,7 +66,9 @@ def hub_spelling(folder, **fields):
     rope = dict(raw["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     scaling = None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind, **rope}
-    edit(folder, **{**fields, "rope_parameters": None, "layer_types": None, "rope_theta": theta, "rope_scaling": scaling})
+    edit(
+        folder, **{**fields, "rope_parameters": None, "layer_types": None, "rope_theta": theta, "rope_scaling": scaling}
+    )
 
 
 def reference(family, folder, shard="1GB", **fields):
@@ -111,10 +119,18 @@ def test_shards_equal_transformers(family, tied, tmp_path):
         ("llama", {}, dict(rope_parameters={"rope_theta": 500.0, "rope_type": "default"})),
         ("llama", {}, dict(rope_parameters={"rope_theta": 10000.0, **LINEAR})),
         ("llama", {}, dict(rope_parameters={"rope_theta": 10000.0, **LLAMA3})),
-        ("llama", dict(rope_parameters=LLAMA3), dict(rope_parameters={"rope_theta": 10000.0, **LLAMA3, "high_freq_factor": 8.0})),
+        (
+            "llama",
+            dict(rope_parameters=LLAMA3),
+            dict(rope_parameters={"rope_theta": 10000.0, **LLAMA3, "high_freq_factor": 8.0}),
+        ),
         ("mistral", dict(sliding_window=7), dict(sliding_window=8)),
         ("mistral", dict(sliding_window=7), dict(sliding_window=None)),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1), dict(layer_types=["sliding_attention"] * 3)),
+        (
+            "qwen2",
+            dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+            dict(layer_types=["sliding_attention"] * 3),
+        ),
     ],
 )
 def test_config_matters(family, fields, changes, tmp_path):
@@ -130,7 +146,9 @@ def test_qwen2_window_default():
 
     raw = dict(tiny.SIZES, model_type="qwen2", use_sliding_window=True, max_window_layers=1)
     ours, theirs = Config.from_dict(raw), Qwen2Config(**raw)
-    assert [ours.window(i) for i in range(3)] == [theirs.sliding_window if t.startswith("s") else None for t in theirs.layer_types]
+    assert [ours.window(i) for i in range(3)] == [
+        theirs.sliding_window if t.startswith("s") else None for t in theirs.layer_types
+    ]
 
 
 def test_bfloat16_stays_close(tmp_path):
@@ -212,7 +230,9 @@ def loop_weights(q, k, positions, k_positions, window):
     group, weights = q.shape[1] // k.shape[1], torch.zeros(q.shape[1], len(q), len(k), dtype=torch.float64)
     for h in range(q.shape[1]):
         for i, p in enumerate(positions.tolist()):
-            seen = [j for j, p_j in enumerate(k_positions.tolist()) if p_j <= p and (window is None or p - p_j < window)]
+            seen = [
+                j for j, p_j in enumerate(k_positions.tolist()) if p_j <= p and (window is None or p - p_j < window)
+            ]
             scores = [math.exp(float(q[i, h] @ k[j, h // group]) / q.shape[-1] ** 0.5) for j in seen]
             for j, score in zip(seen, scores):
                 weights[h, i, j] = score / sum(scores)
@@ -242,7 +262,9 @@ def test_sdpa_equals_loop(T, K, N, window):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-@pytest.mark.parametrize("seqlens, k_seqlens", [([40, 1, 300], [40, 1, 300]), ([1, 1, 1], [40, 7, 300]), ([3, 1, 50], [40, 7, 300])])
+@pytest.mark.parametrize(
+    "seqlens, k_seqlens", [([40, 1, 300], [40, 1, 300]), ([1, 1, 1], [40, 7, 300]), ([3, 1, 50], [40, 7, 300])]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_flash_attn_equals_sdpa(seqlens, k_seqlens, dtype):
     """On CUDA attend() runs FlashAttention's varlen kernel, and gives what sdpa gives in float64, sequence by sequence."""
@@ -389,14 +411,17 @@ def test_stories260k():
     tokenizer, stories = Tokenizer(STORIES), Transformer.from_pretrained(STORIES, torch.float32)
     ids = tokenizer.encode("Once upon a time")
     story = tokenizer.decode(ids + generate(stories, torch.tensor(ids), 40)[0])
-    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+    assert story.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    )
 
 
 @pytest.mark.network
 def test_default_checkpoint():
     """The real default checkpoint: argmax of transformers at 1,024 real tokens, and it knows the capital of France."""
-    import data
     import transformers
+
+    import data
     from download import checkpoint_folder
     from sdtp import generate
     from tokenizer import Tokenizer

@@ -109,7 +109,9 @@ def test_graph_starts_at_the_first_stage(monkeypatch):
     """Blocks before the first stage keep nothing for a backward pass."""
     model, seen = tiny.build(), []
     for layer, block in enumerate(model.layers):
-        monkeypatch.setattr(block, "forward", lambda x, *a, f=block.forward, i=layer: seen.append((i, x.requires_grad)) or f(x, *a))
+        monkeypatch.setattr(
+            block, "forward", lambda x, *a, f=block.forward, i=layer: seen.append((i, x.requires_grad)) or f(x, *a)
+        )
     label(model, tiny.ids(6), [1], "grad_norm")
     assert seen == [(0, False), (1, True), (2, True)]
 
@@ -126,10 +128,16 @@ def test_script(tmp_path):
     (tmp_path / "text").write_text("price: $5 and _10_ ^ more\n" * 2)
     flags = f"--ckpt {folder} --prompt_file {tmp_path}/text --out_dir {tmp_path}/out --json {tmp_path}/rows.json --dtype float32"
     done = subprocess.run(
-        [sys.executable, ROOT / "saliency.py", *flags.split()], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "MPLBACKEND": "Agg"}
+        [sys.executable, ROOT / "saliency.py", *flags.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
     )
     assert done.returncode == 0, done.stderr
     for name in ("heat_map.png", "sparsity.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [r["layer"] for r in rows] == [0, 1, 2] and {"commit", "command", "versions", "machine", "seed"} <= rows[0].keys()
+    assert [r["layer"] for r in rows] == [0, 1, 2] and {"commit", "command", "versions", "machine", "seed"} <= rows[
+        0
+    ].keys()

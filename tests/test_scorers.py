@@ -21,13 +21,17 @@ def test_last_attention_equals_transformers(fields, n, w, tmp_path):
     from transformers import AutoModelForCausalLM
 
     ids = tiny.ids(n)
-    hf = AutoModelForCausalLM.from_pretrained(tiny.write(tmp_path, **fields), attn_implementation="eager", dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(
+        tiny.write(tmp_path, **fields), attn_implementation="eager", dtype=torch.float64
+    )
     out = hf(ids[None], output_attentions=True, output_hidden_states=True)
     model = Transformer.from_pretrained(tmp_path, torch.float64)
     for layer, block in enumerate(model.layers):
         got = scorers.last_attention(w)(out.hidden_states[layer][0], torch.arange(n), [n], block)
         rows = out.attentions[layer][0][:, max(0, n - w) :]
-        expected = sum(rows[h, i] for h in range(rows.shape[0]) for i in range(rows.shape[1])) / (rows.shape[0] * rows.shape[1])
+        expected = sum(rows[h, i] for h in range(rows.shape[0]) for i in range(rows.shape[1])) / (
+            rows.shape[0] * rows.shape[1]
+        )
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
         assert expected.max() - expected.min() > 0.02
 
@@ -38,7 +42,9 @@ def test_last_attention_of_what_is_alive(fields):
     model, w = tiny.build(**fields), 3
     block, attention = model.layers[1], model.layers[1].self_attn
     positions = [[0, 1, 4, 6, 7, 11, 12], [0, 3, 4, 5, 9]]
-    x = [torch.randn(len(p), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(len(p))) for p in positions]
+    x = [
+        torch.randn(len(p), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(len(p))) for p in positions
+    ]
     got = scorers.last_attention(w)(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block).split([7, 5])
     for rows, p, scores in zip(x, positions, got):
         q, k, _ = attention.qkv(block.input_layernorm(rows), torch.tensor(p))

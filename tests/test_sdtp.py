@@ -4,15 +4,27 @@ import json
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
-import tiny
 import safetensors.torch
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sdtp
 from model import KVCache, Transformer, visible
-from sdtp import PruneHead, Schedule, generate, is_protected, keep_count, load_heads, prefill, protected_count, save_heads, select, write_atomic
+from sdtp import (
+    PruneHead,
+    Schedule,
+    generate,
+    is_protected,
+    keep_count,
+    load_heads,
+    prefill,
+    protected_count,
+    save_heads,
+    select,
+    write_atomic,
+)
 
 MODELS = {  # every one with grouped keys, stages at layers 1, 2 and 4 below
     "full": dict(num_hidden_layers=5),
@@ -139,7 +151,11 @@ def test_select_equals_python_sort(data, prompt_lens, share):
     for n in prompt_lens:
         alive = [p for p in range(n) if is_protected(torch.tensor(p), n) or data.draw(st.booleans())]
         parts.append(alive)
-        scores.append(data.draw(st.lists(st.sampled_from([-torch.inf, -1.5, 0.0, 0.25, 3.0]), min_size=len(alive), max_size=len(alive))))
+        scores.append(
+            data.draw(
+                st.lists(st.sampled_from([-torch.inf, -1.5, 0.0, 0.25, 3.0]), min_size=len(alive), max_size=len(alive))
+            )
+        )
         wanted.append(kept_by_sort(scores[-1], alive, n, share))
     positions = torch.tensor(sum(parts, []))
     keep, kept = select(torch.tensor(sum(scores, [])), positions, share, [len(p) for p in parts], prompt_lens)
@@ -261,7 +277,9 @@ def test_cache_is_allocated_for_the_alive():
 def test_guard(layers, monkeypatch):
     """A selection that drops nothing, though the schedule asks for it, is an error and not a slow dense run."""
     model = tiny.build(**MODELS["full"])
-    monkeypatch.setattr(sdtp, "select", lambda scores, positions, share, seqlens, prompt_lens: (torch.arange(len(scores)), seqlens))
+    monkeypatch.setattr(
+        sdtp, "select", lambda scores, positions, share, seqlens, prompt_lens: (torch.arange(len(scores)), seqlens)
+    )
     with pytest.raises(RuntimeError, match="layer 1 holds .40. tokens"):
         prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {layer: 0.5 for layer in layers}))
     with pytest.raises(RuntimeError, match="not applied"):
@@ -384,11 +402,15 @@ def test_heads_round_trip(saved):
     model, heads, schedule, folder = saved
     loaded, loaded_schedule, info = load_heads(folder / "heads", model)
     x = torch.randn(9, 32)
-    assert loaded_schedule == schedule and loaded_schedule.alive(30) == schedule.alive(30) and list(loaded) == list(heads)
+    assert (
+        loaded_schedule == schedule and loaded_schedule.alive(30) == schedule.alive(30) and list(loaded) == list(heads)
+    )
     assert all(torch.equal(loaded[layer](x), heads[layer](x)) for layer in heads)
     assert not any(p.requires_grad for head in loaded.values() for p in head.parameters())
     assert info["teacher"] == "grad_norm" and info["ckpt"] == "tiny"
-    assert torch.equal(prefill(model, tiny.ids(30), loaded, loaded_schedule)[0], prefill(model, tiny.ids(30), heads, schedule)[0])
+    assert torch.equal(
+        prefill(model, tiny.ids(30), loaded, loaded_schedule)[0], prefill(model, tiny.ids(30), heads, schedule)[0]
+    )
 
 
 def test_fingerprint(saved):

@@ -1,4 +1,5 @@
 """tokenizer.py against transformers and sentencepiece, on tiny tokenizers trained here."""
+
 import json
 
 import pytest
@@ -11,13 +12,27 @@ from transformers.tokenization_utils_base import generate_merges
 from tokenizer import Tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "def f(x):\n    return x ** 2", "naïve 漢字 2024"] * 20
-TEXTS = ["", "the dog", "  two  spaces ", "a\n\n\tb\r\n", "12345 naïve 漢字 😀", "<s>the fox</s>the dog",
-         "the</s> the dog", "<|im_start|>the", "x<|im_start|>", "<s><s>the", "</s>", "a<unk>b"]
+TEXTS = [
+    "",
+    "the dog",
+    "  two  spaces ",
+    "a\n\n\tb\r\n",
+    "12345 naïve 漢字 😀",
+    "<s>the fox</s>the dog",
+    "the</s> the dog",
+    "<|im_start|>the",
+    "x<|im_start|>",
+    "<s><s>the",
+    "</s>",
+    "a<unk>b",
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}\n"
-            "  {% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
-            "<|im_start|>{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
-            "{% if tools is not none %}TOOLS{% endif %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}\n"
+    "  {% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
+    "<|im_start|>{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if tools is not none %}TOOLS{% endif %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
 MESSAGES = [{"role": "user", "content": " the dog "}, {"role": "assistant", "content": "12"}]
 LLAMA = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -25,13 +40,20 @@ LLAMA = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_
 @pytest.fixture
 def bpe(tmp_path):
     """make(config, post_processor, truncation, **other files) -> folder with a byte-level tokenizer.json."""
+
     def make(config=LLAMA, bos=False, truncation=False, **files):
         library = Library(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
-        library.train_from_iterator(CORPUS, trainers.BpeTrainer(
-            vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL]))
+        library.train_from_iterator(
+            CORPUS,
+            trainers.BpeTrainer(
+                vocab_size=300,
+                show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
+            ),
+        )
         if bos:
             library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         if truncation:
@@ -40,6 +62,7 @@ def bpe(tmp_path):
         for name, value in {"tokenizer_config": config, **files}.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(value))
         return tmp_path
+
     return make
 
 
@@ -48,29 +71,44 @@ def spm_model(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("spm") / "m"
     (prefix.parent / "corpus.txt").write_text("\n".join(CORPUS))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(prefix.parent / "corpus.txt"), model_prefix=str(prefix), model_type="bpe", vocab_size=340,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,  # as Llama's
-        minloglevel=2)
+        input=str(prefix.parent / "corpus.txt"),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,  # as Llama's
+        minloglevel=2,
+    )
     return prefix.with_suffix(".model")
 
 
 @pytest.fixture
 def spm(tmp_path, spm_model):
     """make(config or None) -> folder with a sentencepiece tokenizer.model."""
+
     def make(config=None):
         (tmp_path / "tokenizer.model").write_bytes(spm_model.read_bytes())
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
         if config is not None:
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         return tmp_path
+
     return make
 
 
-@pytest.mark.parametrize("case", [
-    dict(), dict(bos=True), dict(truncation=True),
-    dict(config={**LLAMA, "add_bos_token": True}), dict(config={**LLAMA, "add_bos_token": False}, bos=True),
-    dict(config={**LLAMA, "bos_token": None}),
-], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(bos=True),
+        dict(truncation=True),
+        dict(config={**LLAMA, "add_bos_token": True}),
+        dict(config={**LLAMA, "add_bos_token": False}, bos=True),
+        dict(config={**LLAMA, "bos_token": None}),
+    ],
+    ids=str,
+)
 def test_bpe_is_transformers(bpe, case):
     folder = bpe(**case)
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
@@ -101,8 +139,11 @@ def test_written_bos_stays_where_none_is_added(bpe):
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_sentencepiece_is_transformers(spm, legacy):
-    folder = spm(None if legacy is None else {"legacy": legacy, "added_tokens_decoder": {
-        "340": {"content": "<|im_start|>", "special": True}}})
+    folder = spm(
+        None
+        if legacy is None
+        else {"legacy": legacy, "added_tokens_decoder": {"340": {"content": "<|im_start|>", "special": True}}}
+    )
     ours = Tokenizer(folder)
     lib = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {lib.id_to_piece(i): i for i in range(340)}

@@ -43,7 +43,9 @@ def loop_attention(q, k, v, positions, alive, window=None):
             seen = [j for j in range(T) if 0 <= positions[i] - positions[j] < (window or 10**9)]
             a = torch.stack([q[i, h] @ k[j, g] / math.sqrt(size) for j in seen])
             # any constant may be taken off, and the largest over all is safe in float64
-            weight = (a - a.max().detach()).exp() * torch.stack([torch.ones((), dtype=q.dtype) if i == j else alive[j] for j in seen])
+            weight = (a - a.max().detach()).exp() * torch.stack(
+                [torch.ones((), dtype=q.dtype) if i == j else alive[j] for j in seen]
+            )
             rows.append((weight / weight.sum()) @ torch.stack([v[j, g] for j in seen]))
     return torch.stack(rows).view(T, heads, size)
 
@@ -183,7 +185,9 @@ def loop_rank(scores, labels):
     """Eq. 6 as printed: the terms of all pairs i < j."""
     sign = lambda v: (v > 0) - (v < 0)  # noqa: E731
     s, y = scores.tolist(), labels.tolist()
-    return [math.log1p(math.exp(-(s[i] - s[j]) * sign(y[i] - y[j]))) for i in range(len(s)) for j in range(i + 1, len(s))]
+    return [
+        math.log1p(math.exp(-(s[i] - s[j]) * sign(y[i] - y[j]))) for i in range(len(s)) for j in range(i + 1, len(s))
+    ]
 
 
 @pytest.mark.parametrize("n", [2, 3, 17])
@@ -251,7 +255,10 @@ def test_protected_and_response_tokens_never_enter():
     free = free_tokens(seqlens, prompt_lens)
     before = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, TrainConfig())
     other_logits, other_labels = stage_tensors(seqlens, schedule, seed=50)
-    changed = {layer: torch.where(free[:, None], logits[layer], 30 * other_logits[layer]).detach().requires_grad_() for layer in schedule}
+    changed = {
+        layer: torch.where(free[:, None], logits[layer], 30 * other_logits[layer]).detach().requires_grad_()
+        for layer in schedule
+    }
     moved = {layer: torch.where(free, labels[layer], 1e6 * other_labels[layer]) for layer in schedule}
     after = head_losses(changed, moved, free, seqlens, prompt_lens, schedule, TrainConfig())
     assert all(map(torch.equal, before, after))
@@ -261,7 +268,9 @@ def test_protected_and_response_tokens_never_enter():
 
 
 def batch(model, seqlens=(26, 34), prompt_lens=(20, 30), layers=(1, 2)):
-    examples = [Example(tiny.ids(n, seed=n).tolist(), tiny.ids(t - n, seed=t).tolist()) for t, n in zip(seqlens, prompt_lens)]
+    examples = [
+        Example(tiny.ids(n, seed=n).tolist(), tiny.ids(t - n, seed=t).tolist()) for t, n in zip(seqlens, prompt_lens)
+    ]
     return pack(model, examples, dict.fromkeys(layers), TrainConfig(teacher="grad_norm"))
 
 
@@ -284,7 +293,13 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
 
     monkeypatch.setattr(train, "masked_forward", spy)
     ids, *_ = data = batch(model)
-    terms, alive = losses(model, forced(keep=False), data, schedule, TrainConfig(hold_share=False, lm_weight=3.0, mse_weight=5.0, rank_weight=7.0))
+    terms, alive = losses(
+        model,
+        forced(keep=False),
+        data,
+        schedule,
+        TrainConfig(hold_share=False, lm_weight=3.0, mse_weight=5.0, rank_weight=7.0),
+    )
     kept = [*range(4), *range(18, 26), *(26 + i for i in (*range(4), *range(27, 34)))]
     for mask in seen["masks"].values():
         assert mask.nonzero().flatten().tolist() == kept
@@ -292,7 +307,9 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
     log_probs = model.logits(seen["x"]).log_softmax(-1)
     nats = [-log_probs[i - 1, ids[i]].item() for i in (*range(20, 26), *range(26 + 30, 26 + 34))]
     assert terms["lm"].item() == pytest.approx(sum(nats) / 10, rel=1e-5)
-    assert terms["loss"].item() == pytest.approx(3 * terms["lm"].item() + 5 * terms["mse"].item() + 7 * terms["rank"].item(), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(
+        3 * terms["lm"].item() + 5 * terms["mse"].item() + 7 * terms["rank"].item(), rel=1e-5
+    )
 
 
 def test_held_masks_keep_the_share_of_the_schedule():
@@ -317,13 +334,19 @@ def test_held_masks_keep_the_share_of_the_schedule():
 
 def test_distill_is_the_kl_divergence():
     """--distill adds KL(dense || pruned) over the response, 0 where nothing is dropped."""
-    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(hold_share=False, distill=True, lm_weight=2.0)
+    model, schedule, config = (
+        tiny.build(torch.float32),
+        Schedule(3, {1: 0.8, 2: 0.5}),
+        TrainConfig(hold_share=False, distill=True, lm_weight=2.0),
+    )
     data = ids, seqlens, prompt_lens, _ = batch(model)
     terms, alive = losses(model, forced(keep=True), data, schedule, config)
     assert alive == {1: 1.0, 2: 1.0} and abs(terms["distill"].item()) < 1e-6
     pruned, _ = losses(model, forced(keep=False), data, schedule, config)
     dense = model(ids, seqlens=seqlens).double().log_softmax(-1)
-    masked, _, _ = masked_forward(model, forced(keep=False), ids, seqlens, prompt_lens, free_tokens(seqlens, prompt_lens))
+    masked, _, _ = masked_forward(
+        model, forced(keep=False), ids, seqlens, prompt_lens, free_tokens(seqlens, prompt_lens)
+    )
     student = model.logits(masked).double().log_softmax(-1)
     rows = [*range(19, 25), *range(26 + 29, 26 + 33)]
     kl = sum((dense[r].exp() * (dense[r] - student[r])).sum().item() for r in rows) / len(rows)
@@ -347,7 +370,11 @@ def test_make_batches():
     assert len({tuple(e) for e in epochs}) == 3
     assert all(len(b) == 1 or sum(sizes[e.prompt[0]] for e in b) <= 200 for b in batches)
     assert len(batches) < 3 * sum(sizes) / 120  # and they are filled
-    assert make_batches(examples, config) == batches != make_batches(examples, TrainConfig(epochs=3, batch_tokens=200, seed=9))
+    assert (
+        make_batches(examples, config)
+        == batches
+        != make_batches(examples, TrainConfig(epochs=3, batch_tokens=200, seed=9))
+    )
 
 
 def test_learning_rate():
@@ -378,7 +405,11 @@ def test_label_cache(tmp_path, monkeypatch):
     assert len(passes) == 1 and torch.equal(one[3][2], plain[3][2][15:])
     assert same(pack(model, examples, {0: 0.5, 2: 0.4}, config), pack(model, examples, {0: 0.5, 2: 0.4}, TrainConfig()))
     config.teacher = "grad_x_input"
-    for another in (model, tiny.build(torch.float64), tiny.build(torch.float32, rms_norm_eps=1e-5, num_hidden_layers=4)):
+    for another in (
+        model,
+        tiny.build(torch.float64),
+        tiny.build(torch.float32, rms_norm_eps=1e-5, num_hidden_layers=4),
+    ):
         passes.clear()
         pack(another, examples, {1: 0.5, 2: 0.4}, config)
         assert len(passes) == 1
@@ -405,7 +436,9 @@ def world(tmp_path_factory):
 
 
 def argv(folder, out, *more):
-    return f"train.py --ckpt {folder}/tiny --data {folder}/text.txt --out_dir {folder}/{out} {FLAGS}".split() + list(more)
+    return f"train.py --ckpt {folder}/tiny --data {folder}/text.txt --out_dir {folder}/{out} {FLAGS}".split() + list(
+        more
+    )
 
 
 def run(folder, out, patch, *more):
@@ -429,10 +462,21 @@ def test_run_writes_everything(world):
     assert [r["step"] for r in log] == list(range(1, len(log) + 1)) and len(log) > 40
     assert {"loss", "lm", "mse", "rank", "overlap", "alive", "alive_1", "alive_2"} <= log[0].keys()
     rows = json.loads((out / "eval.json").read_text())
-    assert [r["method"] for r in rows] == ["dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor"]
+    assert [r["method"] for r in rows] == [
+        "dense",
+        "sdtp",
+        "random",
+        "most_recent",
+        "last_attention",
+        "teacher",
+        "floor",
+    ]
     assert {"commit", "command", "versions", "machine", "seed", "source"} <= rows[0].keys()
     meta = json.loads((out / "heads" / "heads.json").read_text())
-    assert meta["schedule"] == {"1": 0.9, "2": pytest.approx(0.81)} and {"fingerprint", "teacher", "data", "commit", "seed"} <= meta.keys()
+    assert (
+        meta["schedule"] == {"1": 0.9, "2": pytest.approx(0.81)}
+        and {"fingerprint", "teacher", "data", "commit", "seed"} <= meta.keys()
+    )
 
 
 def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
@@ -440,7 +484,9 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
     out = world / "killed"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(Path(train.__file__).parent)}
     slow = "import time, sys, cli, train\nstep = train.train_step\ntrain.train_step = lambda *a: time.sleep(0.02) or step(*a)\ncli.run(train.main)"
-    process = subprocess.Popen([sys.executable, "-c", slow, *argv(world, "killed")[1:]], env=env, stdout=subprocess.DEVNULL, cwd=world)
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *argv(world, "killed")[1:]], env=env, stdout=subprocess.DEVNULL, cwd=world
+    )
     try:
         while steps_logged(out) < 24:
             assert process.poll() is None
@@ -517,7 +563,11 @@ def test_base_weights_stay(tmp_path):
 
 def test_accumulation_equals_one_mean():
     """--accumulate adds the mean of the batches' losses: the step's gradient is that of the mean."""
-    model, schedule, config = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), TrainConfig(hold_share=False, accumulate=2, grad_clip=1e9)
+    model, schedule, config = (
+        tiny.build(torch.float32),
+        Schedule(3, {1: 0.8, 2: 0.5}),
+        TrainConfig(hold_share=False, accumulate=2, grad_clip=1e9),
+    )
     examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in (20, 30)]
     heads = forced(keep=True)  # no draw can change what is kept
     gradients = []
@@ -531,6 +581,13 @@ def test_accumulation_equals_one_mean():
 
 def test_attend_and_masked_attend_agree_with_nothing_dropped():
     """A mask of ones is plain attention, whichever way it is computed."""
-    q, k, v, positions = random(9, 4, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2), torch.cat([torch.arange(4), torch.arange(5)])
+    q, k, v, positions = (
+        random(9, 4, 8),
+        random(9, 2, 8, seed=1),
+        random(9, 2, 8, seed=2),
+        torch.cat([torch.arange(4), torch.arange(5)]),
+    )
     args = (positions, positions, [4, 5], [4, 5], 3)
-    torch.testing.assert_close(masked_attend(q, k, v, *args, torch.ones(9, dtype=torch.float64)), attend(q, k, v, *args))
+    torch.testing.assert_close(
+        masked_attend(q, k, v, *args, torch.ones(9, dtype=torch.float64)), attend(q, k, v, *args)
+    )
