@@ -72,9 +72,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     grad_clip: float = 1.0  # largest norm of all heads' gradients together
     checkpoint_every: int = 20  # steps
-    checkpoint_blocks: str = (
-        "auto"  # recompute blocks in the backward pass, slower in far less memory: on, off, auto (on CUDA)
-    )
+    checkpoint_blocks: str = "auto"  # recompute blocks in the backward pass (slow, small): on, off, auto (on CUDA)
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
@@ -153,8 +151,8 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
 def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False):
     """The pruned model of training: no token is removed, dropped ones are hidden from the others.
 
-    free: (T,) bool, the tokens a stage may drop; schedule: hold the masks to its shares. Returns (output of the last block (T, hidden_size),
-    {layer: head logits (T, 2)}, {layer: cumulative mask M (T,)}).
+    free: (T,) bool, the tokens a stage may drop; schedule: hold the masks to its shares. Returns (output of the
+    last block (T, hidden_size), {layer: head logits (T, 2)}, {layer: cumulative mask M (T,)}).
     """
     x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
     for layer, block in enumerate(model.layers):
