@@ -48,7 +48,7 @@ class TrainConfig:
     teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = "response"  # the loss of the gradient teachers: over the response, or all next tokens
     # the losses
-    lm_weight: float = 0.1  # weight of L_lm: at 1 its noise outweighs L_rank, a mean over pairs
+    lm_weight: float = 0.1  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 1.0  # weight of L_mse
     rank_weight: float = 1.0  # weight of L_rank
     rank_reduction: str = "mean"  # of L_rank over pairs: mean, or sum as eq. 6 is printed
