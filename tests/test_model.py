@@ -260,6 +260,38 @@ def test_sdpa_equals_loop(T, K, N, window):
     assert torch.equal(visible(positions, k_positions, window), weights[0] > 0)
 
 
+@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("T, K", [(300, 300), (100, 301), (2, 2), (256, 256)])
+def test_blocks_as_accurate_as_sdpa(T, K, D):
+    """Against float64 blocks() errs no more than SDPA in bfloat16, for scores up to 30; all heads at once or one by one."""
+    q, k, v, positions, k_positions = random_qkv(T, K, 2 * K, seed=T + K, Hq=6, Hkv=2, D=D)
+    q, k, v = ((t * s).bfloat16() for t, s in ((q, 2), (k, 2), (v, 1)))
+    expected = sdpa(q.double(), k.double(), v.double(), positions, k_positions)
+    limit = (sdpa(q, k, v, positions, k_positions) - expected).abs()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for block, room in ((192, 2**21), (128, 1), (7, 2**21)):
+        out = model_py.blocks(q, k, v, block, room)
+        error = (out - expected).abs()
+        assert out.dtype == torch.bfloat16 and out.shape == q.shape
+        assert error.max() <= 1.01 * limit.max() and error.pow(2).mean() <= limit.pow(2).mean()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_attend_takes_blocks(monkeypatch):
+    """attend() runs blocks() per sequence in bfloat16, but not where a gradient is asked for."""
+    monkeypatch.setattr(model_py, "native_bf16", lambda: True)
+    parts = [random_qkv(n, n, 2 * n, seed=n, D=64) for n in (70, 1, 200)]
+    q, k, v, positions, k_positions = (torch.cat(p) for p in zip(*parts))
+    seqlens, calls, blocks = [70, 1, 200], [], model_py.blocks
+    monkeypatch.setattr(model_py, "blocks", lambda *args: calls.append(len(args[0])) or blocks(*args))
+    expected = attend(q, k, v, positions, k_positions, seqlens, seqlens)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    got = attend(q, k, v, positions, k_positions, seqlens, seqlens)
+    assert calls == [70, 200] and (got - expected).abs().max() < 2e-2
+    attend(q.requires_grad_(), k, v, positions, k_positions, seqlens, seqlens).sum().backward()
+    assert calls == [70, 200] and q.grad.abs().sum() > 0
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize(
@@ -282,8 +314,9 @@ def test_flash_attn_equals_sdpa(seqlens, k_seqlens, dtype):
 
 
 def test_backend_on_cpu():
-    """attention_backend says sdpa where FlashAttention cannot run, whatever is installed."""
-    assert model_py.attention_backend("cpu", torch.bfloat16)[0] == "sdpa"
+    """attention_backend says sdpa where neither FlashAttention nor blocks() can run, whatever is installed."""
+    assert model_py.attention_backend("cpu", torch.float32)[0] == "sdpa"
+    assert model_py.attention_backend("cpu", torch.bfloat16, window=7)[0] == "sdpa"
     assert model_py.attention_backend("cuda", torch.float32)[0] == "sdpa"
 
 
