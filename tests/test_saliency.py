@@ -110,10 +110,27 @@ def test_graph_starts_at_the_first_stage(monkeypatch):
     model, seen = tiny.build(), []
     for layer, block in enumerate(model.layers):
         monkeypatch.setattr(
-            block, "forward", lambda x, *a, f=block.forward, i=layer: seen.append((i, x.requires_grad)) or f(x, *a)
+            block,
+            "forward",
+            lambda x, *a, f=block.forward, i=layer, **k: seen.append((i, x.requires_grad)) or f(x, *a, **k),
         )
     label(model, tiny.ids(6), [1], "grad_norm")
     assert seen == [(0, False), (1, True), (2, True)]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attend_by_weights(window):
+    """The teacher's attention gives attend()'s outputs and gradients in float64, ragged and with missing positions."""
+    g, seqlens = torch.Generator().manual_seed(0), [30, 1, 12]
+    shapes = [(sum(seqlens), heads, 8) for heads in (6, 2, 2)]
+    q, k, v = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
+    positions = torch.cat([torch.randperm(2 * n, generator=g)[:n].sort().values for n in seqlens])
+    target = torch.randn(q.shape, generator=g, dtype=torch.float64)
+    results = []
+    for longest in (1024, 0):  # 0: all of it goes to attend()
+        out = saliency.attend_by_weights(q, k, v, positions, positions, seqlens, seqlens, window, longest)
+        results.append((out, *torch.autograd.grad((out * target).sum(), (q, k, v))))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*results))
 
 
 def test_sparsity():
