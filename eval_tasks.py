@@ -38,7 +38,7 @@ class EvalConfig:
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
-    score_len: int = 128  # tokens scored after it (rows: at most)
+    score_len: int = 128  # text: tokens scored after it (of a row: the whole response)
     min_prompt: int = 200  # rows: shorter prompts are left out
     max_prompt: int = 800  # rows: longer prompts are left out
     seed: int = 0  # of method random
