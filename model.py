@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 try:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:
     flash_attn_varlen_func = None
 
@@ -301,31 +301,66 @@ def sdpa(q, k, v, positions, k_positions, window=None, block=1024):
     return out.squeeze(0).transpose(0, 1)
 
 
+def attend_cache(q, cache, positions, window=None):
+    """Decoding: one new token per sequence over all that its cache holds (it too), one call for the whole batch.
+
+    q: (B, Hq, D), cache: a LayerCache of B sequences, positions: (B,). Returns (B, Hq, D).
+    """
+    B, Hkv, D = len(q), cache.k.shape[1], q.shape[-1]
+    if attention_backend(q.device, q.dtype, window)[0] == "flash_attn":
+        lengths = torch.tensor(cache.seqlens, dtype=torch.int32, device=q.device)
+        k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, capacity, Hkv, D)
+        return flash_attn_with_kvcache(q.unsqueeze(1), k, v, cache_seqlens=lengths, causal=True).squeeze(1)
+    K = max(cache.seqlens)
+    seen = torch.arange(K, device=q.device) < torch.tensor(cache.seqlens, device=q.device)[:, None]  # (B, K)
+    if window is not None:
+        seen &= positions[:, None] - cache.positions[:, :K] < window
+    mask = None if B == 1 and window is None else seen[:, None, None]
+    # a group's query heads as rows, so that keys are never repeated
+    q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, G, D)
+    return F.scaled_dot_product_attention(q, cache.k[:, :, :K], cache.v[:, :, :K], attn_mask=mask).flatten(1, 2)
+
+
 class LayerCache:
-    """Keys and values of the tokens alive at one layer: a length and a buffer per sequence."""
+    """Keys and values of the tokens alive at one layer: a length per sequence, buffers padded to the longest."""
 
     def __init__(self, extra=0):
-        self.extra, self.seqlens, self.buffers = extra, [], []  # buffers: per sequence (k, v, positions)
+        self.extra, self.seqlens = extra, []
+        self.k = self.v = self.positions = None  # (B, Hkv, capacity, D) twice, (B, capacity)
 
     def append(self, k, v, positions, seqlens):
-        """Store new rows, k and v: (T, Hkv, D), positions: (T,); returns k, v, positions, seqlens of all rows so far, packed."""
-        first = not self.buffers
-        if first:
-            self.seqlens = [0] * len(seqlens)
-            self.buffers = [[t.new_empty(n + self.extra, *t.shape[1:]) for t in (k, v, positions)] for n in seqlens]
-        new = zip(*(t.split(seqlens) for t in (k, v, positions)))
-        for i, (tensors, n) in enumerate(zip(new, seqlens)):
-            old, self.seqlens[i] = self.seqlens[i], self.seqlens[i] + n
-            for j, tensor in enumerate(tensors):
-                if self.seqlens[i] > len(self.buffers[i][j]):
-                    self.buffers[i][j] = torch.cat((self.buffers[i][j][:old], torch.empty_like(tensor)))
-                self.buffers[i][j][old : old + n] = tensor
-        return (k, v, positions, seqlens) if first else (*self.rows(), self.seqlens)
+        """Store new rows, k and v: (T, Hkv, D), positions: (T,), after what each sequence holds."""
+        old = self.seqlens or [0] * len(seqlens)
+        self.seqlens = [n + new for n, new in zip(old, seqlens)]
+        self.reserve(k, positions)
+        if max(seqlens) == 1:  # decoding: all sequences at once
+            i = torch.arange(len(old), device=k.device)
+            at = torch.tensor(old, device=k.device)
+            self.k[i, :, at], self.v[i, :, at], self.positions[i, at] = k, v, positions
+            return
+        parts = zip(old, self.seqlens, k.split(seqlens), v.split(seqlens), positions.split(seqlens))
+        for i, (start, stop, k, v, p) in enumerate(parts):
+            self.k[i, :, start:stop], self.v[i, :, start:stop] = k.transpose(0, 1), v.transpose(0, 1)
+            self.positions[i, start:stop] = p
+
+    def reserve(self, k, positions):
+        """Make room for seqlens: at first with `extra` rows to spare, later by growing."""
+        longest, B = max(self.seqlens), len(self.seqlens)
+        if self.k is None:
+            capacity = longest + self.extra
+            new = k.new_empty if B == 1 else k.new_zeros  # padding is read, with weight 0, and must not be NaN
+            self.k, self.v = (new(B, k.shape[1], capacity, k.shape[2]) for _ in range(2))
+            self.positions = positions.new_zeros(B, capacity)
+        elif longest > self.k.shape[2]:
+            more = longest - self.k.shape[2]
+            self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
+            self.positions = F.pad(self.positions, (0, more))
 
     def rows(self):
-        """k: (K, Hkv, D), v and positions: (K,) of all sequences, packed; views for a single one."""
-        parts = [[t[:n] for t in buffers] for buffers, n in zip(self.buffers, self.seqlens)]
-        return [p[0] if len(p) == 1 else torch.cat(p) for p in zip(*parts)]
+        """k and v: (K, Hkv, D), positions: (K,) of all sequences, packed; views for a single one."""
+        buffers = (self.k.transpose(1, 2), self.v.transpose(1, 2), self.positions)
+        parts = [[t[i, :n] for i, n in enumerate(self.seqlens)] for t in buffers]
+        return [p[0] if len(p) == 1 else torch.cat(p) for p in parts]
 
 
 class KVCache:
@@ -343,7 +378,7 @@ class KVCache:
 
     def nbytes(self):
         """Bytes allocated for keys and values."""
-        return sum(t.untyped_storage().nbytes() for c in self.layers for b in c.buffers for t in b[:2])
+        return sum(t.untyped_storage().nbytes() for c in self.layers for t in (c.k, c.v) if t is not None)
 
 
 # ---------------------------------------------------------------------------- the transformer
@@ -384,10 +419,16 @@ class Attention(nn.Module):
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
         """x: (T, hidden_size), normed -> (T, hidden_size); the arguments are Block's."""
         q, k, v = self.qkv(x, positions)
-        k_positions, k_seqlens = positions, seqlens
+        past = cache is not None and bool(cache.seqlens)
         if cache is not None:
-            k, v, k_positions, k_seqlens = cache.append(k, v, positions, seqlens)
-        return self.o_proj(attend(q, k, v, positions, k_positions, seqlens, k_seqlens, self.window).flatten(1))
+            cache.append(k, v, positions, seqlens)
+        if past and max(seqlens) == 1:
+            out = attend_cache(q, cache, positions, self.window)
+        else:
+            k, v, k_positions = cache.rows() if past else (k, v, positions)
+            k_seqlens = cache.seqlens if past else seqlens
+            out = attend(q, k, v, positions, k_positions, seqlens, k_seqlens, self.window)
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):

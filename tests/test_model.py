@@ -209,17 +209,43 @@ def test_cache_equals_recomputation(fields, extra):
 
 
 def test_cache_bytes():
-    """The cache takes the bytes of the alive tokens and `extra` ones, twice, per layer; and grows only beyond them."""
-    m = tiny.build(torch.bfloat16, num_key_value_heads=2, head_dim=16)
+    """The cache takes the bytes of the alive tokens and `extra` ones, twice, per layer, and grows only beyond them."""
+    m, row = (
+        tiny.build(torch.bfloat16, num_key_value_heads=2, head_dim=16),
+        2 * 16 * 2 * 2,
+    )  # k and v of 2 x 16, 2 bytes
     cache = KVCache(3, extra=2)
+    assert cache.nbytes() == 0
+    m(tiny.ids(5), None, [5], cache)
+    assert cache.seqlens() == [[5]] * 3 and cache.nbytes() == 3 * row * (5 + 2)
+    m(tiny.ids(3), torch.tensor([5, 6, 7]), [3], cache)
+    assert cache.seqlens() == [[8]] * 3 and cache.nbytes() == 3 * row * 8
+
+
+def test_cache_bytes_of_a_batch():
+    """Each sequence has the room of the longest."""
+    m, row, cache = tiny.build(torch.bfloat16, num_key_value_heads=2, head_dim=16), 2 * 16 * 2 * 2, KVCache(3, extra=2)
     m(tiny.ids(8), None, [5, 3], cache)
-    row = 2 * 16 * 2 * 2  # heads, head_dim, bytes, k and v
-    assert cache.seqlens() == [[5, 3]] * 3 and cache.nbytes() == 3 * row * (5 + 2 + 3 + 2)
+    assert cache.seqlens() == [[5, 3]] * 3 and cache.nbytes() == 3 * row * 2 * (5 + 2)
     m(tiny.ids(4), torch.tensor([5, 6, 3, 4]), [2, 2], cache)
-    assert cache.seqlens() == [[7, 5]] * 3 and cache.nbytes() == 3 * row * 12
+    assert cache.seqlens() == [[7, 5]] * 3 and cache.nbytes() == 3 * row * 2 * 7
     m(tiny.ids(2), torch.tensor([7, 5]), [1, 1], cache)
-    assert cache.seqlens() == [[8, 6]] * 3 and cache.nbytes() == 3 * row * 14
+    assert cache.seqlens() == [[8, 6]] * 3 and cache.nbytes() == 3 * row * 2 * 8
     assert [len(t) for t in cache[0].rows()] == [14] * 3
+
+
+def test_decoding_is_one_call_per_layer(monkeypatch):
+    """A batch decodes by one attend_cache per layer; its padding, however large, has no weight."""
+    m, lens, calls, step = tiny.build(), [20, 1, 9], [], model_py.attend_cache
+    monkeypatch.setattr(model_py, "attend_cache", lambda q, *rest: calls.append(len(q)) or step(q, *rest))
+    cache, prompts = KVCache(len(m.layers), extra=1), [tiny.ids(n + 1, n) for n in lens]
+    m(torch.cat([p[:-1] for p in prompts]), None, lens, cache)
+    for layer in cache.layers:
+        for t, n in zip((*layer.k, *layer.v), 2 * lens):
+            t[:, n:] = 1e4
+    got = m(torch.stack([p[-1] for p in prompts]), torch.tensor(lens), [1, 1, 1], cache)
+    assert calls == [3] * len(m.layers)
+    assert all((a - m(p)[-1]).abs().max() < 1e-10 for a, p in zip(got, prompts))
 
 
 # ---------------------------------------------------------------------------- attention
