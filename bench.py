@@ -1,36 +1,79 @@
-"""Speed of the prefill, dense against pruned, interleaved in one run, beside what the FLOPs promise.
+"""Speed, FLOPs and memory: dense, pruned and transformers in turn in one run, beside what the FLOPs promise.
 
-python bench.py --lengths 1024,2048,4096
-python bench.py --transformers          # transformers' dense prefill in the same run
+python bench.py --lengths 1024,2048,4096 --keep 0.9,0.8
+python bench.py --transformers                                   # transformers' dense model in the same run
+python bench.py --shape llama2-7b --layers 4 --lengths 16384     # random weights of that shape
+python bench.py --paper_table                                    # the paper's table 2 beside our count of its FLOPs
 """
 
+import ctypes
+import gc
+import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 import cli
 from data import read_text
 from download import DEFAULT
 from eval_tasks import clock
-from sdtp import PruneHead, prefill
+from model import Config, RoPE, Transformer, auto_dtype
+from sdtp import PruneHead, Schedule, generate, prefill
 from tokenizer import Tokenizer
 
 
 @dataclass
 class BenchConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
+    shape: str = ""  # or random weights of a shape: 10m, 135m, 360m, 1b, llama2-7b, mistral-7b, qwen2-7b, gemma-7b
+    layers: int = 0  # shape: that many layers (0: all it has)
     heads: str = ""  # folder of trained heads (default: untrained heads, as fast as trained ones)
-    keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
+    keep: str = ""  # shares kept at each stage, with commas, a variant each (default: the heads' own schedule, or 0.9)
     text: str = ""  # text file to read (default: random tokens)
     lengths: str = "1024,2048,4096"  # prompt lengths in tokens
+    new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill
     repeats: int = 5  # runs of each variant after a warm-up, in turn
-    transformers: bool = False  # also time transformers' dense prefill (needs it installed)
-    seed: int = 0  # of the random tokens
+    transformers: bool = False  # also run transformers, dense (needs it installed)
+    paper_table: bool = False  # print the paper's table 2 beside our count of its FLOPs, and nothing else
+    seed: int = 0  # of the random tokens, heads and weights
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     json: str = ""  # file for the rows
+    figure: str = ""  # PNG file for speedup and peak memory against length
+
+
+def shape(model_type, vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads, **more):
+    """The config.json fields of a shape."""
+    return {
+        "model_type": model_type, "vocab_size": vocab_size, "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, **more,
+    }  # fmt: skip
+
+
+SMALL = {"tie_word_embeddings": True}
+SHAPES = {
+    "10m": shape("llama", 8192, 256, 768, 10, 4, 2, **SMALL),
+    "135m": shape("llama", 49152, 576, 1536, 30, 9, 3, **SMALL),  # SmolLM2's
+    "360m": shape("llama", 49152, 960, 2560, 32, 15, 5, **SMALL),
+    "1b": shape("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64, **SMALL),  # Llama 3.2's
+    "llama2-7b": shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    "mistral-7b": shape("mistral", 32000, 4096, 14336, 32, 32, 8, sliding_window=None),  # v0.2, as the paper
+    "qwen2-7b": shape("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "gemma-7b": shape("gemma", 256000, 3072, 24576, 28, 16, 16, head_dim=256),
+}
+# Table 2, Mistral-7B: thousands of tokens -> TFLOPs of the dense and of the pruned prefill
+PAPER_TABLE = {4: (72.51, 47.81), 8: (158.22, 102.01), 16: (369.22, 229.41), 32: (949.54, 560.40),
+               64: (2743.46, 1526.98), 128: (8864.49, 4678.81)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- FLOPs
 
 
 def linear_flops(config, rows):
@@ -75,104 +118,359 @@ def paper_flops(config, lengths):
     return sum(2 * (4 * d * d + 3 * d * f) * n + 3 * d * n * n for n in lengths) + 4 * v * d * lengths[0]
 
 
-def timed(model, run, repeats):
-    """Interleaved timing, {name: seconds of each repeat} of {name: callable}, after one warm-up each."""
-    seconds = {name: [] for name in run}
-    for repeat in range(repeats + 1):
-        for name, call in run.items():
-            start = clock(model)
-            call()
+def paper_table():
+    """Rows of the paper's table 2: its TFLOPs, ours by paper_flops with the paper's stages, and the differences."""
+    config, rows = Config.from_dict(SHAPES["mistral-7b"] | {"max_position_embeddings": 1}), []
+    for thousands, published in PAPER_TABLE.items():
+        n = thousands * 1024
+        row = {"length": n}
+        for name, paper, alive in zip(("dense", "sdtp"), published, ([n] * 32, Schedule(32).alive(n))):
+            ours = paper_flops(config, alive) / 1e12
+            row |= {f"{name}_paper": paper, f"{name}_ours": ours, f"{name}_diff": ours / paper - 1}
+        rows.append(row)
+    return rows
+
+
+def print_paper_table(rows):
+    """The rows of paper_table(), aligned."""
+    print("TFLOPs of the prefill, Mistral-7B: the paper's table 2, and ours by its formula")
+    print(f"{'tokens':>7} " + " ".join(f"{m + ' paper':>12} {'ours':>9} {'diff':>7}" for m in ("dense", "SDTP")))
+    for r in rows:
+        cells = (f"{r[m + '_paper']:12.2f} {r[m + '_ours']:9.2f} {r[m + '_diff']:+7.2%}" for m in ("dense", "sdtp"))
+        print(f"{r['length']:7d} " + " ".join(cells))
+
+
+def fit(rows):
+    """time = a * linear FLOPs + b * attention FLOPs over the rows of our own methods.
+
+    Least squares of the relative error, as lengths differ a hundredfold in time. Returns (1 / a and 1 / b in
+    GFLOP/s, the largest |predicted / measured - 1|).
+    """
+    rows = [r for r in rows if r["method"] != "transformers"]
+    flops = torch.tensor([[r["linear_flops"], r["attention_flops"]] for r in rows], dtype=torch.float64) / 1e9
+    relative = flops / torch.tensor([[r["prefill_s"]] for r in rows], dtype=torch.float64)
+    a, b = solution = torch.linalg.lstsq(relative, torch.ones(len(rows), 1, dtype=torch.float64)).solution
+    return 1 / a.item(), 1 / b.item(), (relative @ solution - 1).abs().max().item()
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def peak_bytes(device, call):
+    """Peak bytes of live tensors while call() runs, above those alive before it."""
+    if device.type != "cuda":
+        return cpu_peak_bytes(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak_bytes(call):
+    """peak_bytes on the CPU: torch.profiler notes every allocation and free of the CPU allocator in its order.
+
+    The peak is the maximum of their running sum; tensors from before the call are not in it, freed or not. Not seen
+    is what is not allocated as a tensor (oneDNN's packed weights and scratch, Python): that is in rss_bytes.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else two lines on stderr at each run
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    # profiler.events() would show only what is left of each operator when it ends, not its peak
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def rss_bytes(call):
+    """Highest resident size of this process while call() runs, weights and all; Linux's VmHWM, None elsewhere."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages that glibc keeps of the methods before are none of this one's
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
+    except (AttributeError, OSError):
+        return None
+    call()
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def random_model(fields, dtype="auto", device="cpu"):
+    """A Transformer of a config.json's fields with weights normal * 0.02, made in dtype (as from_pretrained's)."""
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(fields))
+    state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.state_dict().items()}
+    for name, p in state.items():
+        p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).to(device, dtype)
+
+
+def shape_fields(name, layers, positions):
+    """The config.json fields of --shape with that many layers (0: its own) and positions. ValueError names the flag."""
+    if name not in SHAPES:
+        raise ValueError(f"--shape {name}: choose {', '.join(SHAPES)}")
+    fields = SHAPES[name] | {"max_position_embeddings": positions}
+    return fields | ({"num_hidden_layers": layers} if layers else {})
+
+
+def scaled_schedule(num_hidden_layers):
+    """The paper's stages (first layer 4, step 3, of 32 layers), scaled to a model's depth."""
+    first_layer, step = (max(1, layers * num_hidden_layers // 32) for layers in (4, 3))
+    return Schedule(num_hidden_layers, first_layer=first_layer, step=step)
+
+
+def extend_positions(model, positions):
+    """Let a model count to that many positions: what it generates after a full prompt is timed, not read."""
+    if positions > model.config.max_position_embeddings:
+        model.config.max_position_embeddings = positions
+        rope = RoPE(model.config).to(model.device, model.norm.weight.dtype)
+        for block in model.layers:
+            block.self_attn.rope = rope
+
+
+def transformers_model(model, folder=None, fields=None):
+    """transformers' model of the same checkpoint folder, or of a shape with random weights: same dtype, SDPA."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("--transformers: it is not installed; pip install -r requirements-dev.txt") from None
+    how = {"dtype": model.norm.weight.dtype, "attn_implementation": "sdpa"}
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, **how).to(model.device)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), **how).to(model.device).eval()
+
+
+@torch.inference_mode()
+def transformers_generate(reference, ids, max_new_tokens, on_token=None):
+    """Greedy tokens of transformers' model with the call of sdtp.generate; last row's logits. Returns its cache."""
+    out = reference(ids[None], logits_to_keep=1, use_cache=True)
+    for step in range(max_new_tokens):
+        token = out.logits[:, -1].argmax(-1)
+        if on_token:
+            on_token(token.tolist())
+        if step + 1 < max_new_tokens:
+            out = reference(token[None], past_key_values=out.past_key_values, logits_to_keep=1, use_cache=True)
+    return out.past_key_values
+
+
+# ---------------------------------------------------------------------------- one length
+
+
+def timed(model, run, new_tokens, repeats):
+    """Interleaved timing of {key: generate(new_tokens, on_token=...)}, after one warm-up each.
+
+    Returns {key: (seconds to the first token, per later token, to the last token) of each repeat}.
+    """
+    seconds = {key: [] for key in run}
+    for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):
+        for key, call in run.items():
+            ticks = [clock(model)]
+            call(new_tokens if repeat else 2, on_token=lambda _: ticks.append(clock(model)))
+            start, first, *_, last = ticks
             if repeat:
-                seconds[name].append(clock(model) - start)
+                seconds[key].append((first - start, (last - first) / (new_tokens - 1), last - start))
     return seconds
 
 
-def transformers_prefill(model, folder):
-    """A call ids -> transformers' prefill of the same checkpoint: SDPA, last row's logits, inference mode."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--transformers: it is not installed; pip install -r requirements-dev.txt") from None
-    dtype = model.norm.weight.dtype
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(
-        model.device
-    )
-    return torch.inference_mode()(lambda ids: reference(ids[None], logits_to_keep=1))
+def speed(seconds, dense):
+    """The timed fields of a row, from timed()'s seconds of a method and of dense; ratios are medians over repeats."""
+
+    def ratio(above, below):  # per repeat, as the machine's speed drifts from one to the next
+        return statistics.median(a / b for a, b in zip(above, below))
+
+    prefill_s, decode_s, total_s = zip(*seconds)
+    dense_prefill, dense_decode, dense_total = zip(*dense)
+    return {
+        "prefill_s": statistics.median(prefill_s),
+        "prefill_spread": (max(prefill_s) - min(prefill_s)) / statistics.median(prefill_s),
+        "decode_s": statistics.median(decode_s),
+        "total_s": statistics.median(total_s),
+        "speedup": ratio(dense_prefill, prefill_s),
+        "decode_ratio": ratio(decode_s, dense_decode),
+        "total_speedup": ratio(dense_total, total_s),
+    }
 
 
-def measure(model, ids, heads, schedule, reference, repeats):
-    """Rows of one prompt length: dense, sdtp and, with a reference, transformers."""
-    n, run, caches, flops = (
-        len(ids),
-        {"dense": partial(prefill, model, ids), "sdtp": partial(prefill, model, ids, heads, schedule)},
-        {},
-        {},
-    )
-    for name, stages in (("dense", None), ("sdtp", schedule)):
-        caches[name] = run[name]()[1]
-        flops[name] = sum(executed_flops(model.config, caches[name], stages))
+def work(model, ids, heads=None, schedule=None):
+    """The counted fields of a row, from one prefill with a cache for the prompt alone."""
+    cache = prefill(model, ids, heads, schedule)[1]
+    linear, attention, head = executed_flops(model.config, cache, schedule)
+    alive = [lengths[0] for lengths in cache.seqlens()]
+    return {
+        "linear_flops": linear + head,
+        "attention_flops": attention,
+        "prefill_flops": linear + attention + head,
+        "paper_flops": paper_flops(model.config, alive),
+        "mean_alive": sum(alive) / len(alive) / len(ids),
+        "alive": alive,
+        "kv_bytes": cache.nbytes(),
+    }
+
+
+def heads_seconds(model, ids, heads, schedule):
+    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather."""
+    ticks = []
+
+    def started(head, *args):
+        ticks.append(-clock(model))
+        return head(*args)
+
+    ended = [model.layers[layer].register_forward_pre_hook(lambda *_: ticks.append(clock(model))) for layer in schedule]
+    prefill(model, ids, {layer: partial(started, heads[layer]) for layer in schedule}, schedule)
+    for hook in ended:
+        hook.remove()
+    return sum(ticks)
+
+
+def measure(model, ids, heads, schedules, reference, new_tokens, repeats):
+    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule} and, with a reference, transformers."""
+    stages = {("dense", None): (None, None)} | {("sdtp", keep): (heads, s) for keep, s in schedules.items()}
+    run = {key: partial(generate, model, ids, scorers=h, schedule=s) for key, (h, s) in stages.items()}
     if reference:
-        run["transformers"], caches["transformers"], flops["transformers"] = (
-            partial(reference, ids),
-            caches["dense"],
-            flops["dense"],
-        )
-    seconds, rows = timed(model, run, repeats), []
-    for name, values in seconds.items():
-        alive = [lengths[0] for lengths in caches[name].seqlens()]
-        # per repeat, as the machine's speed drifts from one to the next
-        speedup, ratio = (
-            statistics.median(d / s for d, s in zip(seconds["dense"], values)),
-            flops["dense"] / flops[name],
-        )
-        rows.append({
-            "length": n,
-            "method": name,
-            "prefill_s": statistics.median(values),
-            "spread": (max(values) - min(values)) / statistics.median(values),
-            "speedup": speedup,
-            "prefill_flops": flops[name],
-            "paper_flops": paper_flops(model.config, alive),
-            "flops_ratio": ratio,
-            "reached": speedup / ratio,
-            "mean_alive": sum(alive) / len(alive) / n,
-            "kv_bytes": caches[name].nbytes(),
-        })  # fmt: skip
+        run["transformers", None] = partial(transformers_generate, reference, ids)
+    seconds, dense, rows = timed(model, run, new_tokens, repeats), work(model, ids), []
+    for (method, keep), call in run.items():
+        row = {"length": len(ids), "method": method, "keep": keep, **dense, "heads_share": 0.0}
+        row |= speed(seconds[method, keep], seconds["dense", None])
+        if method == "sdtp":
+            row |= work(model, ids, *stages[method, keep])
+            cost = statistics.median(heads_seconds(model, ids, *stages[method, keep]) for _ in range(3))
+            row["heads_share"] = cost / rows[0]["prefill_s"]
+        if method == "transformers":  # dense's work, but its own cache
+            row["kv_bytes"] = sum(t.untyped_storage().nbytes() for c in call(1).layers for t in (c.keys, c.values))
+        row["flops_ratio"] = dense["prefill_flops"] / row["prefill_flops"]
+        row["reached"] = row["speedup"] / row["flops_ratio"]
+        row["peak_bytes"] = peak_bytes(model.device, partial(call, 1))  # apart from the timed runs
+        row["rss_bytes"] = rss_bytes(partial(call, 1))
+        rows.append(row)
     return rows
+
+
+def print_header():
+    print(
+        f"{'':22}|{'prefill':^25}|{'decode':^15}|{'end to end':^17}|{'executed FLOPs':^24}|{'alive':^7}|{'MiB':^26}|{'heads':^7}\n"
+        f"{'tokens':>7} {'method':<14}|{'ms':>9} {'spread':>7} {'speedup':>7} |{'ms':>7} {'ratio':>6} |{'s':>8} {'speedup':>7} "
+        f"|{'GFLOPs':>8} {'ratio':>6} {'reached':>7} |{'mean':>6} |{'KV':>8} {'peak':>8} {'RSS':>7} |{'share':>6}"
+    )
+
+
+def print_row(r):
+    name = r["method"] + ("" if r["keep"] is None else f" {r['keep']:.3g}")
+    rss = "" if r["rss_bytes"] is None else f"{r['rss_bytes'] / 2**20:.0f}"
+    print(
+        f"{r['length']:7d} {name:<14}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
+        f"|{r['decode_s'] * 1e3:7.2f} {r['decode_ratio']:6.3f} |{r['total_s']:8.2f} {r['total_speedup']:6.2f}x "
+        f"|{r['prefill_flops'] / 1e9:8.1f} {r['flops_ratio']:5.2f}x {r['reached']:7.3f} |{r['mean_alive']:6.3f} "
+        f"|{r['kv_bytes'] / 2**20:8.2f} {r['peak_bytes'] / 2**20:8.1f} {rss:>7} |{r['heads_share']:6.2%}",
+        flush=True,
+    )
+
+
+def draw(rows, path):
+    """Prefill speedup, with the executed FLOPs' ratio, and peak memory of the prefill, against prompt length."""
+    import matplotlib.pyplot as plt
+
+    figure, (speedups, memory) = plt.subplots(1, 2, figsize=(11, 4))
+    for variant in dict.fromkeys((r["method"], r["keep"]) for r in rows):
+        of = [r for r in rows if (r["method"], r["keep"]) == variant]
+        lengths, name = [r["length"] for r in of], " ".join(f"{part}" for part in variant if part is not None)
+        (line,) = speedups.plot(lengths, [r["speedup"] for r in of], marker="o", label=name)
+        memory.plot(lengths, [r["peak_bytes"] / 2**20 for r in of], marker="o", label=name)
+        if variant[0] == "sdtp":
+            ratios = [r["flops_ratio"] for r in of]
+            speedups.plot(lengths, ratios, "--", color=line.get_color(), label=f"{name}: executed FLOPs")
+    speedups.set_ylabel("prefill, times faster than our dense")
+    memory.set_ylabel("peak of live tensors above weights (MiB)")
+    for axis in (speedups, memory):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, lengths)
+        axis.set(xlabel="prompt tokens", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def numbers(flag, text, kind, fits):
+    """The comma list of a flag, as `kind`; ValueError for one that is not, or that does not fit."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = [None]
+    if not all(v is not None and fits(v) for v in values):
+        what = "whole numbers above 0" if kind is int else "numbers between 0 and 1"
+        raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
+    return values
+
+
+def load(config, positions):
+    """(model, its checkpoint folder or None, a shape's config.json fields or None, heads, {keep: Schedule})."""
+    keeps = numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else []
+    folder = fields = heads = None
+    if config.layers and not config.shape:
+        raise ValueError("--layers is for --shape; a checkpoint runs whole")
+    if config.shape:
+        if config.heads or config.text:
+            raise ValueError("--shape has random weights and no tokenizer: leave out --heads and --text")
+        fields = shape_fields(config.shape, config.layers, positions)
+        model = random_model(fields, cli.device_and_dtype(config), config.device)
+        schedule, name = scaled_schedule(len(model.layers)), f"{config.shape}, {len(model.layers)} layers"
+        cli.describe(model, name + ", random weights", name + ", random weights")
+    else:
+        model, folder = cli.load_model(config)
+        heads, schedule = cli.heads_and_schedule(config, model, needed=False)
+    if not heads:
+        heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
+    schedules = {schedule[min(schedule)]: schedule}  # the share of the first stage names a heads' own schedule
+    if keeps:
+        schedules = {
+            k: Schedule(len(model.layers), {layer: k ** (s + 1) for s, layer in enumerate(schedule)}) for k in keeps
+        }
+    return model, folder, fields, heads, schedules
 
 
 def main():
     config = cli.parse(BenchConfig, __doc__)
-    lengths = config.lengths.split(",")
-    if not all(n.isdecimal() and int(n) for n in lengths):
-        raise ValueError(f"--lengths {config.lengths}: whole numbers with commas between them are needed")
-    lengths = [int(n) for n in lengths]
+    if config.paper_table:
+        print_paper_table(rows := paper_table())
+        return cli.write_rows(config.json, rows)
+    lengths = numbers("lengths", config.lengths, int, lambda n: n > 0)
     cli.at_least(1, config, "repeats")
-    model, folder = cli.load_model(config)
-    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=False)
+    cli.at_least(2, config, "new_tokens")  # the first is the prefill's
+    cli.at_least(0, config, "layers")
     torch.manual_seed(config.seed)
-    if not heads:
-        heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
-    text = (
-        torch.tensor(Tokenizer(folder).encode(read_text(config.text)))
-        if config.text
-        else torch.randint(model.config.vocab_size, (max(lengths),))
-    )
+    model, folder, fields, heads, schedules = load(config, max(lengths) + config.new_tokens)
+    text = torch.randint(model.config.vocab_size, (max(lengths),))
+    if config.text:
+        text = torch.tensor(Tokenizer(folder).encode(read_text(config.text)))
     if len(text) < max(lengths):
         raise ValueError(f"{config.text} has only {len(text)} tokens")
-    reference, rows = transformers_prefill(model, folder) if config.transformers else None, []
-    print(
-        f"{'tokens':>7} {'method':<13} {'prefill ms':>11} {'spread':>7} {'speedup':>8} {'GFLOPs':>8} {'ratio':>6} {'reached':>8} {'mean alive':>11} {'KV MiB':>7}"
-    )
+    limit = model.config.max_position_embeddings
+    if max(lengths) > limit:
+        raise ValueError(
+            f"--lengths {max(lengths)}: beyond the model's {limit} positions; --shape has random weights for any length"
+        )
+    extend_positions(model, max(lengths) + config.new_tokens)
+    reference, rows = transformers_model(model, folder, fields) if config.transformers else None, []
+    print_header()
     for n in lengths:
-        rows += (new := measure(model, text[:n].to(config.device), heads, schedule, reference, config.repeats))
-        for r in new:
-            print(
-                f"{n:7d} {r['method']:<13} {r['prefill_s'] * 1000:11.1f} {r['spread']:7.1%} {r['speedup']:7.2f}x {r['prefill_flops'] / 1e9:8.1f}"
-                f" {r['flops_ratio']:5.2f}x {r['reached']:8.2f} {r['mean_alive']:11.3f} {r['kv_bytes'] / 2**20:7.2f}",
-                flush=True,
-            )
-    cli.write_rows(config.json, rows, seed=config.seed)
+        new = measure(model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats)
+        for row in new:
+            print_row(row)
+        rows += new
+        cli.write_rows(config.json, rows, seed=config.seed)  # after each length: a long run may be cut short
+    linear, attention, deviation = fit(rows)
+    print(f"one fit of all rows: linear FLOPs at {linear:.1f} GFLOP/s, attention at {attention:.1f} GFLOP/s,", end=" ")
+    print(f"largest deviation {deviation:.1%}")
+    if config.figure:
+        draw(rows, config.figure)
 
 
 if __name__ == "__main__":

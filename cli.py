@@ -72,6 +72,15 @@ def at_least(minimum, config, *names):
 
 def load_model(config):
     """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device; resolves config.device."""
+    dtype = device_and_dtype(config)
+    folder = checkpoint_folder(config.ckpt)
+    model = Transformer.from_pretrained(folder, dtype, config.device)
+    describe(model, Path(config.ckpt).name, folder)
+    return model, folder
+
+
+def device_and_dtype(config):
+    """The torch.dtype, or "auto", of a script's --dtype; resolves config.device."""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -82,16 +91,16 @@ def load_model(config):
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype not in dtypes:
         raise ValueError(f"--dtype {config.dtype}: choose {', '.join(dtypes)}")
-    folder = checkpoint_folder(config.ckpt)
-    model = Transformer.from_pretrained(folder, dtypes[config.dtype], config.device)
+    return dtypes[config.dtype]
+
+
+def describe(model, ckpt, place):
+    """Print what runs, and note it in ORIGIN."""
     dtype, window = model.norm.weight.dtype, model.config.sliding_window
-    name, reason = attention_backend(config.device, dtype, window)
-    ORIGIN.update(
-        ckpt=Path(config.ckpt).name, device=config.device, dtype=str(dtype).removeprefix("torch."), attention=name
-    )
+    name, reason = attention_backend(model.device, dtype, window)
+    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=str(dtype).removeprefix("torch."), attention=name)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
-    return model, folder
+    print(f"{place}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
 
 
 ORIGIN = {}  # where this run's figures come from: filled at its start, as the working tree may move on during it

@@ -38,31 +38,36 @@ class EvalConfig:
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
-    score_len: int = 128  # text: tokens scored after it (of a row: the whole response)
+    score_len: int = 128  # text: tokens scored after it
     min_prompt: int = 200  # rows: shorter prompts are left out
     max_prompt: int = 800  # rows: longer prompts are left out
+    max_response: int = 512  # rows: response tokens scored at most, lest one row outweigh all others
+    batch_size: int = 1  # prompts of different lengths in one forward
     seed: int = 0  # of method random
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     json: str = ""  # file for the table's rows
 
 
-def score(model, example, rankers=None, schedule=None):
-    """Prefill the prompt, then score the response exactly.
+def score(model, examples, rankers=None, schedule=None):
+    """Prefill the prompts of a batch of Examples, then score their responses exactly.
 
-    Returns (nats per response token (S,), tokens alive per layer, seconds of the prefill).
+    Returns (nats per response token, (S,) per example; tokens alive per layer, a list per example; seconds of
+    the prefill).
     """
-    prompt, response = (torch.tensor(ids, device=model.device) for ids in example)
-    positions = model.positions([len(prompt) + len(response)])[len(prompt) :]
-    cache = KVCache(len(model.layers), extra=len(response))
+    prompts, responses = ([torch.tensor(ids, device=model.device) for ids in part] for part in zip(*examples))
+    prompt_lens, scored = [len(p) for p in prompts], [len(r) for r in responses]
+    sizes = [n + s for n, s in zip(prompt_lens, scored)]
+    positions = [p[n:] for p, n in zip(model.positions(sizes).split(sizes), prompt_lens)]
+    cache = KVCache(len(model.layers), extra=max(scored))
     start = clock(model)
-    logits, cache = prefill(model, prompt, rankers, schedule, cache=cache)
+    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache)
     seconds = clock(model) - start
-    alive = [lengths[0] for lengths in cache.seqlens()]
-    if len(response) > 1:
-        with torch.no_grad():
-            logits = torch.cat((logits, model(response[:-1], positions[:-1], None, cache)))
-    return F.cross_entropy(logits.float(), response, reduction="none"), alive, seconds
+    alive = [list(counts) for counts in zip(*cache.seqlens())]
+    with torch.no_grad():
+        rest = model(torch.cat(responses), torch.cat(positions), scored, cache).split(scored)
+    logits = (torch.cat((one[None], more[:-1])).float() for one, more in zip(first, rest))
+    return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds
 
 
 def clock(model):
@@ -72,12 +77,14 @@ def clock(model):
     return time.perf_counter()
 
 
-def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0):
-    """One flat row per method: every example is run by every method in turn, dense first.
+def perplexity(
+    model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0, batch_size=1
+):
+    """One flat row per method: every batch of batch_size examples is run by every method in turn, dense first.
 
     loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1;
     mean_alive: share of the prompt alive, mean over layers; compression: its inverse (the paper's 1/tau);
-    prefill_speedup: median over examples of dense seconds / method's seconds; at_floor: share of the examples
+    prefill_speedup: median over batches of dense seconds / method's seconds; at_floor: share of the examples
     of which only the protected tokens are left at the last layer.
     ValueError for an unknown method or no example.
     """
@@ -96,23 +103,26 @@ def perplexity(model, examples, methods, schedule, heads=None, teacher="grad_nor
     }
     floor = Schedule(len(model.layers), {min(schedule): 0.0})
     methods = list(dict.fromkeys(["dense", *methods]))
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     results = {m: [] for m in methods}
-    for example in tqdm([examples[0], *examples], desc="perplexity", disable=None):  # the first run is a warm-up
+    for batch in tqdm([batches[0], *batches], desc="perplexity", disable=None):  # the first run is a warm-up
         if "teacher" in methods:
-            ids = torch.tensor(example.prompt + example.response, device=model.device)
-            starts = [len(example.prompt)] if label_loss == "response" else None
-            labels = saliency.label(model, ids, list(schedule), teacher, prompt_lens=starts)
-            rankers["teacher"] = {layer: scorers.from_labels(s) for layer, s in labels.items()}
+            ids = torch.tensor([t for e in batch for t in e.prompt + e.response], device=model.device)
+            seqlens, starts = [len(e.prompt) + len(e.response) for e in batch], [len(e.prompt) for e in batch]
+            starts = starts if label_loss == "response" else None
+            labels = saliency.label(model, ids, list(schedule), teacher, seqlens, starts)
+            rankers["teacher"] = {layer: scorers.from_labels(s.split(seqlens)) for layer, s in labels.items()}
         for method in methods:
             stages = {"dense": None, "floor": floor}.get(method, schedule)
-            results[method].append(score(model, example, rankers.get(method), stages))
+            results[method].append(score(model, batch, rankers.get(method), stages))
     return [summary(method, results[method][1:], results["dense"][1:], examples) for method in methods]
 
 
 def summary(method, results, dense, examples):
-    """The table row of one method; results and dense: score() of each example."""
-    loss, dense_loss = (torch.cat([r[0] for r in rs]).mean().item() for rs in (results, dense))
-    alive = sum(sum(r[1]) / len(r[1]) for r in results) / sum(len(e.prompt) for e in examples)
+    """The table row of one method; results and dense: score() of each batch."""
+    loss, dense_loss = (torch.cat([nats for r in rs for nats in r[0]]).mean().item() for rs in (results, dense))
+    counts = [layers for r in results for layers in r[1]]  # per example
+    alive = sum(sum(c) / len(c) for c in counts) / sum(len(e.prompt) for e in examples)
     return {
         "method": method,
         "prompts": len(examples),
@@ -124,7 +134,7 @@ def summary(method, results, dense, examples):
         "ppl_diff": math.expm1(loss - dense_loss),
         "mean_alive": alive,
         "compression": 1 / alive,
-        "at_floor": sum(r[1][-1] == protected_count(len(e.prompt)) for r, e in zip(results, examples)) / len(examples),
+        "at_floor": sum(c[-1] == protected_count(len(e.prompt)) for c, e in zip(counts, examples)) / len(examples),
         "prefill_speedup": statistics.median(d[2] / r[2] for d, r in zip(dense, results)),
     }
 
@@ -161,7 +171,7 @@ def main():
         raise ValueError(f"--tasks {config.tasks}: choose ppl")
     if bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE or --data SOURCE")
-    cli.at_least(1, config, "limit", "prompt_len", "score_len")
+    cli.at_least(1, config, "limit", "prompt_len", "score_len", "max_response", "batch_size")
     methods = config.methods.split(",")
     check_methods(methods)
     model, folder = cli.load_model(config)
@@ -173,10 +183,18 @@ def main():
         examples = [windows[i * len(windows) // count] for i in range(count)]
     else:
         _, held_out = data.load(
-            config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
+            config.data,
+            tokenizer,
+            config.prompt_len,
+            config.score_len,
+            config.min_prompt,
+            config.max_prompt,
+            config.max_response,
         )
         examples = held_out[: config.limit]
-    rows = perplexity(model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed)
+    rows = perplexity(
+        model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size
+    )
     print_table(rows)
     cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)
 

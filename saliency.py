@@ -4,10 +4,12 @@ python saliency.py --prompt_file README.md      # heat map and sparsity curve (p
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from download import DEFAULT
 from model import attend, attention_weights, visible
@@ -24,11 +26,12 @@ def scored_rows(seqlens, starts):
     return torch.cat([torch.arange(e - n + s - 1, e - 1) for e, n, s in zip(ends, seqlens, starts)])
 
 
-def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None):
+def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False):
     """Saliency of every token at the input of each layer: {layer: (T,) float32, at least 0}.
 
     ids: (T,) one or more packed sequences of a prompt and a response; seqlens: tokens of each;
-    prompt_lens: prompt tokens of each, to score the response only, or None to score all next tokens.
+    prompt_lens: prompt tokens of each, to score the response only, or None to score all next tokens;
+    checkpoint_blocks: recompute each block in the backward pass instead of keeping what it needs.
     The loss T is the sum of cross-entropies in nats (a factor per sequence does not change a ranking).
 
     grad_x_input       |sum_d dT/dx_d * x_d|       paper eq. 3, with the absolute value
@@ -44,7 +47,7 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
     if teacher == "attention_entropy":
         return entropy_labels(model, ids, layers, seqlens)
     with torch.enable_grad():
-        states, last = hidden_states(model, ids, layers, seqlens)
+        states, last = hidden_states(model, ids, layers, seqlens, checkpoint_blocks)
         rows = scored_rows(seqlens, [1] * len(seqlens) if prompt_lens is None else prompt_lens)
         loss = F.cross_entropy(model.logits(last[rows]).float(), ids[rows + 1], reduction="sum")
         gradients = torch.autograd.grad(loss, list(states.values()))
@@ -56,7 +59,7 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
     return labels
 
 
-def hidden_states(model, ids, layers, seqlens):
+def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False):
     """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block).
 
     The graph starts at the first of the layers: no gradient is needed before it, nor of any parameter.
@@ -65,7 +68,8 @@ def hidden_states(model, ids, layers, seqlens):
     for layer, block in enumerate(model.layers):
         if layer in layers:
             states[layer] = x = x if states else x.detach().requires_grad_()
-        x = block(x, positions, seqlens, attend=attend_by_weights)
+        run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks and states else block
+        x = run(x, positions, seqlens, attend=attend_by_weights)
     return states, x
 
 

@@ -33,5 +33,7 @@ def last_attention(w=8):
 
 
 def from_labels(labels):
-    """Given scores of a single prompt, labels: (N,) by position: the teacher's own ranking."""
-    return lambda x, positions, seqlens, block: labels[positions].float()
+    """Given scores, labels: (N,) by position for each of the prompts: the teacher's own ranking."""
+    return lambda x, positions, seqlens, block: torch.cat(
+        [label[p] for label, p in zip(labels, positions.split(seqlens), strict=True)]
+    ).float()

@@ -220,14 +220,20 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
     )
 
 
+def recompute(model, config):
+    """Whether blocks are recomputed in backward passes."""
+    return config.checkpoint_blocks == "on" or (config.checkpoint_blocks == "auto" and model.device.type == "cuda")
+
+
 def losses(model, heads, batch, schedule, config):
     """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
     ids, seqlens, prompt_lens, labels = batch
     positions = model.positions(seqlens)
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
     held = schedule if config.hold_share else None
-    recompute = config.checkpoint_blocks == "on" or (config.checkpoint_blocks == "auto" and ids.is_cuda)
-    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute)
+    x, logits, masks = masked_forward(
+        model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute(model, config)
+    )
     mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
@@ -271,7 +277,7 @@ def pack(model, examples, schedule, config):
     starts = prompt_lens if config.label_loss == "response" else None
 
     def compute():
-        return saliency.label(model, ids, layers, config.teacher, seqlens, starts)
+        return saliency.label(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
 
     if not config.label_cache:
         return ids, seqlens, prompt_lens, compute()

@@ -1,8 +1,8 @@
-"""bench.py: FLOPs against torch's own counter, the paper's table and loops."""
+"""bench.py: FLOPs against torch's own counter, the paper's table and loops; memory against known tensors."""
 
 import json
 import sys
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import tiny
@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import cli
 import scorers
-from bench import executed_flops, pairs, paper_flops
-from model import attention_weights
-from sdtp import PruneHead, Schedule, prefill, select
+import sdtp
+from bench import SHAPES, cpu_peak_bytes, executed_flops, pairs, random_model, rss_bytes, shape_fields
+from model import Config, Transformer, attention_weights
+from sdtp import PruneHead, Schedule, generate, prefill, select
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
@@ -68,38 +69,214 @@ def test_windowed_flops():
     assert executed_flops(model.config, cache, schedule)[1] == 4 * 8 * 4 * expected
 
 
-def test_paper_flops_reproduce_table_2():
-    """Mistral-7B's sizes give the dense column of the paper's table 2 (TFLOPs) within 0.1 %."""
-    mistral = SimpleNamespace(hidden_size=4096, intermediate_size=14336, vocab_size=32000)
-    table = {4: 72.51, 8: 158.22, 16: 369.22, 32: 949.54, 64: 2743.46, 128: 8864.49}
-    for thousands, published in table.items():
-        assert paper_flops(mistral, [thousands * 1024] * 32) / 1e12 == pytest.approx(published, rel=1e-3)
+def test_paper_table():
+    """The formula gives the paper's table 2 within 0.1 % (dense) and 2.5 % (pruned), never exactly."""
+    rows = bench.paper_table()
+    assert [r["length"] for r in rows] == [4096, 8192, 16384, 32768, 65536, 131072]
+    assert rows[0]["dense_paper"] == 72.51 and rows[-1]["sdtp_paper"] == 4678.81
+    for r in rows:
+        assert r["dense_ours"] == pytest.approx(r["dense_paper"], rel=1e-3)
+        assert r["sdtp_ours"] == pytest.approx(r["sdtp_paper"], rel=0.025)
+        assert r["sdtp_diff"] == pytest.approx(r["sdtp_ours"] / r["sdtp_paper"] - 1) and r["sdtp_diff"] < -0.01
+
+
+def test_fit_recovers_the_rates():
+    """Times made from two rates give them back; transformers' rows are not ours; a row 10 % off shows as that."""
+    rows = [
+        {"method": "dense", "linear_flops": n * 1e9, "attention_flops": n * n * 1e7, "prefill_s": n / 500 + n * n / 2e4}
+        for n in (1, 3, 10, 300)
+    ]
+    other = {"method": "transformers", "linear_flops": 1e9, "attention_flops": 1e9, "prefill_s": 77.0}
+    linear, attention, deviation = bench.fit([*rows, other])
+    assert (linear, attention) == pytest.approx((500, 200)) and deviation < 1e-6
+    rows[1]["prefill_s"] /= 1.1
+    linear, attention, deviation = bench.fit(rows)
+    predicted = [r["linear_flops"] / linear / 1e9 + r["attention_flops"] / attention / 1e9 for r in rows]
+    assert deviation == pytest.approx(max(abs(p / r["prefill_s"] - 1) for p, r in zip(predicted, rows)))
+    assert 0.03 < deviation < 0.1
+
+
+def test_cpu_peak_bytes():
+    """The peak of known tensors: what is freed leaves, what was there before does not count, temporaries do."""
+    before = [torch.empty(3_000_000)]
+
+    def call():
+        a, b = torch.empty(1_000_000), torch.empty(2_000_000)  # 4 MB + 8 MB
+        del a
+        before.clear()
+        c = torch.empty(500_000)  # 8 MB + 2 MB
+        del b, c
+        return torch.empty(2_500_000)  # 10 MB
+
+    assert cpu_peak_bytes(call) == 12_000_000
+    x = torch.randn(1000, 1000)
+    assert cpu_peak_bytes(lambda: x.softmax(-1, dtype=torch.float64)) == 16_000_000  # a float64 copy inside, the result
+    assert cpu_peak_bytes(lambda: None) == 0
+
+
+def test_cpu_peak_bytes_of_a_prefill():
+    """Longer prompts hold more; the cache, which is what stays, is a part of the peak."""
+    model = tiny.build(torch.float32, max_position_embeddings=256)
+    peaks = []
+    for n in (64, 256):
+        peaks.append(cpu_peak_bytes(partial(prefill, model, tiny.ids(n))))
+        assert peaks[-1] > prefill(model, tiny.ids(n))[1].nbytes()
+    assert peaks[1] > 2 * peaks[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+def test_rss_bytes():
+    """A larger call shows by its size, and does not stay in the next call's figure."""
+    nothing, large, after = (rss_bytes(partial(torch.ones, n)) for n in (1, 25_000_000, 1))
+    assert 90_000_000 < large - nothing < 130_000_000 and after - nothing < 30_000_000
 
 
 def test_timed_interleaves(monkeypatch):
-    """Variants run in turn; the first round is a warm-up and is not counted."""
-    calls, ticks = [], iter([0, 0, 1, 2, 1, 4, 5, 10, 20, 21])  # a warm-up reads the clock once
-    monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
-    seconds = bench.timed(None, {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
-    assert calls == list("ababab")
-    assert seconds == {"a": [1, 5], "b": [3, 1]}
+    """Variants run in turn; the first round warms up on two tokens; times to the first, per later and to the last."""
+    calls, now = [], [0.0]
+    monkeypatch.setattr(bench, "clock", lambda model: now[0])
+
+    def variant(name, prefill_s, decode_s):
+        def call(new_tokens, on_token):
+            calls.append((name, new_tokens))
+            now[0] += 7 * (new_tokens == 2)  # the warm-up is slow
+            for token in range(new_tokens):
+                now[0] += decode_s if token else prefill_s
+                on_token([0])
+
+        return call
+
+    seconds = bench.timed(None, {"a": variant("a", 2, 0.5), "b": variant("b", 1, 0.25)}, 5, 2)
+    assert calls == [("a", 2), ("b", 2), ("a", 5), ("b", 5), ("a", 5), ("b", 5)]
+    assert seconds == {"a": [(2, 0.5, 4)] * 2, "b": [(1, 0.25, 2)] * 2}
+
+
+def test_speed_ratios_are_per_repeat():
+    """A machine that slows down from repeat to repeat leaves the ratios alone; the times are medians."""
+    drift = (1, 2, 3, 10, 30)
+    row = bench.speed([(2 * d, 0.5 * d, 6 * d) for d in drift], [(4 * d, 1 * d, 18 * d) for d in reversed(drift)])
+    assert (row["prefill_s"], row["decode_s"], row["total_s"]) == (6, 1.5, 18) and row["prefill_spread"] == 58 / 6
+    row = bench.speed([(2 * d, 0.5 * d, 6 * d) for d in drift], [(4 * d, 1 * d, 18 * d) for d in drift[:2]])
+    assert (row["speedup"], row["decode_ratio"], row["total_speedup"]) == (2, 0.5, 3)
+
+
+def test_heads_seconds(monkeypatch):
+    """Scores and selection of every stage, and nothing of the blocks."""
+    now = [0.0]
+
+    def takes(seconds, function, *args):
+        now[0] += seconds
+        return function(*args)
+
+    monkeypatch.setattr(bench, "clock", lambda model: now[0])
+    monkeypatch.setattr(sdtp, "select", partial(takes, 2, select))
+    model = tiny.build(torch.float32, num_hidden_layers=4)
+    for block in model.layers:
+        monkeypatch.setattr(block, "forward", partial(takes, 100, block.forward))
+    heads = {layer: partial(takes, 5, scorers.most_recent) for layer in (1, 3)}
+    assert bench.heads_seconds(model, tiny.ids(40), heads, Schedule(4, {1: 0.6, 3: 0.4})) == 2 * (5 + 2)
+
+
+def test_transformers_generate(tmp_path):
+    """transformers' loop gives the tokens of ours, one call of on_token each, and a cache of all but the last."""
+    folder = tiny.write(tmp_path / "tiny")
+    model = Transformer.from_pretrained(folder, torch.float32)
+    reference, seen = bench.transformers_model(model, folder), []
+    cache = bench.transformers_generate(reference, tiny.ids(30), 9, on_token=seen.append)
+    assert [i for ids in seen for i in ids] == generate(model, tiny.ids(30), 9)[0]
+    assert cache.layers[0].keys.shape == (1, 2, 30 + 8, 8)
+
+
+PUBLISHED = {  # millions of parameters, from the model cards; 10m is ours
+    "10m": 9.97, "135m": 134.5, "360m": 361.8, "1b": 1235.8, "llama2-7b": 6738.4, "mistral-7b": 7241.7,
+    "qwen2-7b": 7615.6, "gemma-7b": 8537.7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    """Each shape has the parameters of the model that it is named after."""
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(shape_fields(name, 0, 8)))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], rel=2e-3)
+
+
+def test_random_model():
+    """The layers and positions asked for, in the dtype asked for; weights of deviation 0.02; finite logits."""
+    model = random_model(shape_fields("10m", 2, 50), torch.bfloat16)
+    assert len(model.layers) == 2 and model.config.max_position_embeddings == 50
+    weight = model.layers[1].mlp.up_proj.weight
+    assert weight.dtype == torch.bfloat16 and weight.float().std() == pytest.approx(0.02, rel=0.02)
+    assert (model.norm.weight == 1).all() and not weight.requires_grad and weight[0].unique().numel() > 50
+    logits = prefill(model, torch.arange(50))[0]
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+def test_scaled_schedule():
+    """The paper's stages at 32 layers; at other depths they start and step in proportion, at least one layer."""
+    assert bench.scaled_schedule(32) == Schedule(32)
+    assert list(bench.scaled_schedule(64)) == list(range(8, 64, 6))
+    assert list(bench.scaled_schedule(62)) == list(range(7, 57, 5))
+    assert list(bench.scaled_schedule(16)) == list(range(2, 12)) and list(bench.scaled_schedule(4)) == [1, 2, 3]
+
+
+def test_extend_positions():
+    """More positions change nothing of what was there, and let the model decode after a full prompt."""
+    model, more = tiny.build(), tiny.build()
+    bench.extend_positions(more, 30)
+    assert more.config.max_position_embeddings == 64
+    bench.extend_positions(more, 70)
+    assert torch.equal(model(tiny.ids(64)), more(tiny.ids(64)))
+    assert len(generate(more, tiny.ids(64), 6)[0]) == 6
+    larger = tiny.build(max_position_embeddings=70)
+    assert torch.equal(larger(tiny.ids(70)), more(tiny.ids(70)))
+
+
+def run_script(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags.split())])
+    cli.run(bench.main)
 
 
 def test_script(tmp_path, monkeypatch, capsys):
-    """bench.py times dense, pruned and transformers in one run and writes a row of each."""
+    """bench.py runs dense, each --keep and transformers in one run; a row of each, a table and a figure."""
     folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=8)
-    flags = f"--ckpt {folder} --lengths 20,40 --repeats 2 --keep 0.6 --transformers --json {tmp_path}/r.json --dtype float32 --seed 2"
-    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
-    cli.run(bench.main)
+    flags = f"--ckpt {folder} --lengths 20,64 --new_tokens 6 --repeats 2 --keep 0.6,0.5 --transformers --dtype float32"
+    run_script(monkeypatch, f"{flags} --seed 2 --json {tmp_path}/r.json --figure {tmp_path}/new/f.png")
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [(r["length"], r["method"]) for r in rows] == [
-        (n, m) for n in (20, 40) for m in ("dense", "sdtp", "transformers")
-    ]
-    dense, pruned, reference = rows[3:]
-    assert (
-        dense["speedup"] == dense["flops_ratio"] == dense["mean_alive"] == 1
-        and reference["prefill_flops"] == dense["prefill_flops"]
-    )
-    assert pruned["mean_alive"] == pytest.approx((4 * 40 + 3 * 24 + 14) / 8 / 40) and pruned["flops_ratio"] > 1
-    assert pruned["reached"] == pytest.approx(pruned["speedup"] / pruned["flops_ratio"])
+    variants = [("dense", None), ("sdtp", 0.6), ("sdtp", 0.5), ("transformers", None)]
+    assert [(r["length"], r["method"], r["keep"]) for r in rows] == [(n, *v) for n in (20, 64) for v in variants]
+    dense, pruned, half, reference = rows[4:]
+    for field in ("speedup", "flops_ratio", "reached", "mean_alive", "decode_ratio", "total_speedup"):
+        assert dense[field] == 1
+    assert pruned["alive"] == [64] * 4 + [38] * 3 + [23] and half["alive"] == [64] * 4 + [32] * 3 + [16]
+    for r in rows:
+        assert r["prefill_flops"] == r["linear_flops"] + r["attention_flops"]
+        assert r["reached"] == pytest.approx(r["speedup"] / r["flops_ratio"])
+        assert r["kv_bytes"] == 2 * sum(r["alive"]) * 2 * 8 * 4  # keys and values of 2 heads of 8 in float32
+        assert r["peak_bytes"] > r["kv_bytes"] and r["total_s"] > r["prefill_s"] > 0 and r["decode_s"] > 0
+        assert r["mean_alive"] == pytest.approx(sum(r["alive"]) / 8 / r["length"])
+        assert (r["heads_share"] > 0) == (r["method"] == "sdtp")
+    assert half["flops_ratio"] > pruned["flops_ratio"] > 1 == reference["flops_ratio"]
+    assert dense["prefill_flops"] == reference["prefill_flops"] and dense["paper_flops"] > pruned["paper_flops"]
     assert {"commit", "command", "versions", "machine"} <= dense.keys() and dense["seed"] == 2
+    assert (tmp_path / "new" / "f.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    table = next(i for i, line in enumerate(lines) if line.lstrip().startswith("tokens"))
+    assert len({len(line) for line in lines[table : table + 9]}) == 1 and "largest deviation" in lines[table + 9]
+
+
+def test_script_shape(tmp_path, monkeypatch):
+    """--shape: random weights with room for the longest prompt and the new tokens, beside transformers' of the shape."""
+    flags = "--shape 10m --layers 3 --lengths 30 --new_tokens 3 --repeats 1 --transformers --dtype float32"
+    run_script(monkeypatch, f"{flags} --json {tmp_path}/r.json")
+    dense, pruned, reference = json.loads((tmp_path / "r.json").read_text())
+    assert dense["ckpt"] == "10m, 3 layers, random weights" and pruned["keep"] == 0.9
+    assert pruned["alive"] == [30, 27, 24] and dense["alive"] == [30] * 3
+    assert reference["kv_bytes"] == dense["kv_bytes"] == 2 * 90 * 128 * 4
+
+
+def test_script_paper_table(monkeypatch, capsys):
+    """--paper_table prints both columns and reads no checkpoint."""
+    run_script(monkeypatch, "--ckpt no/such/folder --paper_table")
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[:2] == ["131072", "8864.49"] and last[4] == "4678.81" and last[6] == "-2.42%"

@@ -28,7 +28,7 @@ def test_dense_score_equals_a_full_forward(fields):
     """Dense: nats of each response token are those of one forward over prompt and response, every token alive."""
     model = tiny.build(**fields)
     for example in EXAMPLES:
-        nats, alive, seconds = score(model, example)
+        (nats,), (alive,), seconds = score(model, [example])
         ids, n = torch.tensor(example.prompt + example.response), len(example.prompt)
         log_probs = model(ids).log_softmax(-1)
         expected = [-log_probs[i - 1, ids[i]].item() for i in range(n, len(ids))]
@@ -51,7 +51,7 @@ def test_rows_by_hand():
     losses = {}
     for row in rows:
         ranks, stages = runs[row["method"]]
-        nats = sum((score(model, e, ranks, stages)[0].tolist() for e in EXAMPLES), [])
+        nats = sum((score(model, [e], ranks, stages)[0][0].tolist() for e in EXAMPLES), [])
         loss = losses[row["method"]] = sum(nats) / 16
         lengths = [len(e.prompt) for e in EXAMPLES]
         kept = sum(sum(stages.alive(n)) / 3 if stages else n for n in lengths)
@@ -83,6 +83,17 @@ def test_ratio_one_is_dense():
         assert row["loss"] == dense["loss"] and row["loss_diff"] == row["ppl_diff"] == 0 and row["mean_alive"] == 1
 
 
+def test_batches_score_as_single_prompts():
+    """Ragged batches give every method's numbers of one prompt at a time."""
+    model, names = tiny.build(), ["sdtp", "most_recent", "last_attention", "teacher", "floor"]
+    single = perplexity(model, EXAMPLES, names, SCHEDULE, heads())
+    for batch_size in (2, 3):
+        rows = perplexity(model, EXAMPLES, names, SCHEDULE, heads(), batch_size=batch_size)
+        for row, expected in zip(rows, single, strict=True):
+            assert row.pop("prefill_speedup") > 0 and row.pop("method") == expected["method"]
+            assert row == pytest.approx({k: expected[k] for k in row}, rel=1e-5, abs=1e-6)
+
+
 def test_rankings_matter():
     """Another ranking keeps other tokens and scores otherwise; the teacher ranks by its own labels; random by its seed."""
     model = tiny.build()
@@ -106,11 +117,11 @@ def test_rankings_matter():
 def test_teacher_labels_by_the_response(monkeypatch):
     """Method teacher labels each example by the loss of its response."""
     calls, label = [], eval_tasks.saliency.label
-    monkeypatch.setattr(
-        eval_tasks.saliency, "label", lambda *a, **k: calls.append((a[1].tolist(), k)) or label(*a, **k)
-    )
+    monkeypatch.setattr(eval_tasks.saliency, "label", lambda *a: calls.append((a[1].tolist(), *a[4:])) or label(*a))
     perplexity(tiny.build(), EXAMPLES, ["teacher"], SCHEDULE)
-    assert calls == [(e.prompt + e.response, {"prompt_lens": [len(e.prompt)]}) for e in [EXAMPLES[0], *EXAMPLES]]
+    sizes = [len(e.prompt) + len(e.response) for e in EXAMPLES]
+    asked = [(e.prompt + e.response, [n], [len(e.prompt)]) for e, n in zip(EXAMPLES, sizes)]
+    assert calls == [asked[0], *asked]
 
 
 def test_a_method_named_twice_runs_once():

@@ -133,6 +133,18 @@ def test_attend_by_weights(window):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("teacher", ["grad_norm", "grad_x_input"])
+def test_checkpointed_blocks(teacher, monkeypatch):
+    """Recomputing blocks gives the same labels, and runs each block from the first stage on twice."""
+    model, calls = tiny.build(), []
+    expected = label(model, tiny.ids(20), [1, 2], teacher, [12, 8], [5, 4])
+    for layer, block in enumerate(model.layers):
+        monkeypatch.setattr(block, "forward", lambda *a, f=block.forward, i=layer, **k: calls.append(i) or f(*a, **k))
+    got = label(model, tiny.ids(20), [1, 2], teacher, [12, 8], [5, 4], checkpoint_blocks=True)
+    assert all(torch.equal(got[layer], expected[layer]) for layer in (1, 2))
+    assert sorted(calls) == [0, 1, 1, 2, 2]
+
+
 def test_sparsity():
     """Figure 2 counts tokens above a tenth of the layer's own maximum."""
     labels = {0: torch.tensor([10.0, 1.0, 1.1, 0.0]), 3: torch.tensor([0.1, 0.1, 0.1, 0.1])}

@@ -92,7 +92,7 @@ def test_random_is_seeded_and_new_at_every_stage():
 
 
 def test_from_labels_reads_by_position():
-    """Labels follow their tokens after others were dropped."""
-    labels = torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64)
-    got = scorers.from_labels(labels)(torch.zeros(2, 8), torch.tensor([1, 3]), [2], None)
-    assert got.tolist() == [1.0, 2.0] and got.dtype == torch.float32
+    """Labels follow their tokens, prompt by prompt, after others were dropped."""
+    labels = [torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64), torch.tensor([7.0, 8.0])]
+    got = scorers.from_labels(labels)(torch.zeros(3, 8), torch.tensor([1, 3, 0]), [2, 1], None)
+    assert got.tolist() == [1.0, 2.0, 7.0] and got.dtype == torch.float32
