@@ -37,16 +37,16 @@ def prompt_text(config):
     return config.prompt or read_text(config.prompt_file)
 
 
-def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024, max_response=None):
+def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
     """(training Examples, held-out Examples) of pydoc, dolly, FILE.jsonl or FILE.txt.
 
-    prompt_len, score_len: tokens of a text window's prompt and response; min_prompt, max_prompt: rows whose
-    prompt has fewer or more tokens are left out; max_response: tokens of a row's response at most (None: all).
+    prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
+    response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
     """
     if source == "dolly" or source.endswith(".jsonl"):
         path = dolly_file() if source == "dolly" else source
         return tuple(
-            row_examples(part, tokenizer, max_response, min_prompt, max_prompt) for part in split_rows(read_rows(path))
+            row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path))
         )
     if source != "pydoc" and not source.endswith(".txt"):
         raise ValueError(f"--data {source}: choose pydoc, dolly, FILE.jsonl or FILE.txt")
@@ -93,7 +93,7 @@ def split_rows(rows):
     return [r for h, r in keyed if int(h[:8], 16) >= limit], [r for h, r in keyed if int(h[:8], 16) < limit]
 
 
-def row_examples(rows, tokenizer, max_response, min_prompt, max_prompt):
+def row_examples(rows, tokenizer, score_len, min_prompt, max_prompt):
     """Rows with a context as Examples: context before instruction, in the chat template where there is one."""
     examples = []
     for row in rows:
@@ -106,5 +106,5 @@ def row_examples(rows, tokenizer, max_response, min_prompt, max_prompt):
             text += "\n\n"
         prompt, response = tokenizer.encode(text), tokenizer.encode(row["response"].strip(), add_special_tokens=False)
         if min_prompt <= len(prompt) <= max_prompt and response:
-            examples.append(Example(prompt, response[:max_response]))
+            examples.append(Example(prompt, response[:score_len]))
     return examples

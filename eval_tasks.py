@@ -38,10 +38,9 @@ class EvalConfig:
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
-    score_len: int = 128  # text: tokens scored after it
+    score_len: int = 128  # tokens scored after it (rows: at most, lest a few that repeat their prompt outweigh all)
     min_prompt: int = 200  # rows: shorter prompts are left out
     max_prompt: int = 800  # rows: longer prompts are left out
-    max_response: int = 512  # rows: response tokens scored at most, lest one row outweigh all others
     batch_size: int = 1  # prompts of different lengths in one forward
     seed: int = 0  # of method random
     dtype: str = "auto"  # auto, bfloat16 or float32
@@ -171,7 +170,7 @@ def main():
         raise ValueError(f"--tasks {config.tasks}: choose ppl")
     if bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE or --data SOURCE")
-    cli.at_least(1, config, "limit", "prompt_len", "score_len", "max_response", "batch_size")
+    cli.at_least(1, config, "limit", "prompt_len", "score_len", "batch_size")
     methods = config.methods.split(",")
     check_methods(methods)
     model, folder = cli.load_model(config)
@@ -183,13 +182,7 @@ def main():
         examples = [windows[i * len(windows) // count] for i in range(count)]
     else:
         _, held_out = data.load(
-            config.data,
-            tokenizer,
-            config.prompt_len,
-            config.score_len,
-            config.min_prompt,
-            config.max_prompt,
-            config.max_response,
+            config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
         )
         examples = held_out[: config.limit]
     rows = perplexity(

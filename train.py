@@ -528,13 +528,7 @@ def check_flags(config):
 def prompts(config, tokenizer, model):
     """(training Examples, held-out Examples), all of which can be pruned and fit the model; ValueError where none is left."""
     examples, held_out = data.load(
-        config.data,
-        tokenizer,
-        config.prompt_len,
-        config.score_len,
-        config.min_prompt,
-        config.max_prompt,
-        config.score_len,
+        config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
     )
     examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
     held_out = held_out[: config.eval_prompts]

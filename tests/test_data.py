@@ -106,7 +106,7 @@ def test_rows_become_prompts(tokenizer, tmp_path):
         row(1003, response=" "),
     ]
     train, held_out = data.load(
-        write(tmp_path / "r.jsonl", rows), tokenizer, max_response=8, min_prompt=30, max_prompt=100
+        write(tmp_path / "r.jsonl", rows), tokenizer, score_len=8, min_prompt=30, max_prompt=100
     )
     texts = {tokenizer.decode(e.prompt): tokenizer.decode(e.response) for e in train + held_out}
     assert texts == {f"the context of row {i} is here\n\nwhat is {i}?\n\n": f"answer {i}"[:8] for i in range(300)}
