@@ -311,11 +311,11 @@ def attend_cache(q, cache, positions, window=None):
         lengths = torch.tensor(cache.seqlens, dtype=torch.int32, device=q.device)
         k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, capacity, Hkv, D)
         return flash_attn_with_kvcache(q.unsqueeze(1), k, v, cache_seqlens=lengths, causal=True).squeeze(1)
-    K = max(cache.seqlens)
-    seen = torch.arange(K, device=q.device) < torch.tensor(cache.seqlens, device=q.device)[:, None]  # (B, K)
-    if window is not None:
-        seen &= positions[:, None] - cache.positions[:, :K] < window
-    mask = None if B == 1 and window is None else seen[:, None, None]
+    K, mask = max(cache.seqlens), None
+    if B > 1 or window is not None:
+        mask = torch.arange(K, device=q.device) < torch.tensor(cache.seqlens, device=q.device)[:, None]  # (B, K)
+        mask &= positions[:, None] - cache.positions[:, :K] < (window or math.inf)
+        mask = mask[:, None, None]
     # a group's query heads as rows, so that keys are never repeated
     q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, G, D)
     return F.scaled_dot_product_attention(q, cache.k[:, :, :K], cache.v[:, :, :K], attn_mask=mask).flatten(1, 2)
@@ -333,7 +333,7 @@ class LayerCache:
         old = self.seqlens or [0] * len(seqlens)
         self.seqlens = [n + new for n, new in zip(old, seqlens)]
         self.reserve(k, positions)
-        if max(seqlens) == 1:  # decoding: all sequences at once
+        if max(seqlens) == 1 < len(seqlens):  # decoding: all sequences at once
             i = torch.arange(len(old), device=k.device)
             at = torch.tensor(old, device=k.device)
             self.k[i, :, at], self.v[i, :, at], self.positions[i, at] = k, v, positions
