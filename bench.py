@@ -3,6 +3,8 @@
 python bench.py --lengths 1024,2048,4096 --keep 0.9,0.8
 python bench.py --transformers                                   # transformers' dense model in the same run
 python bench.py --shape llama2-7b --layers 4 --lengths 16384     # random weights of that shape
+python bench.py --batches 1,4,16                                 # throughput of prompts of 200 to 2,000 tokens
+python bench.py --marking --shape 1b                             # labels, as a multiple of one dense forward
 python bench.py --paper_table                                    # the paper's table 2 beside our count of its FLOPs
 """
 
@@ -20,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import cli
+import saliency
 from data import read_text
 from download import DEFAULT
 from eval_tasks import clock
@@ -40,6 +43,8 @@ class BenchConfig:
     new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill
     repeats: int = 5  # runs of each variant after a warm-up, in turn
     transformers: bool = False  # also run transformers, dense (needs it installed)
+    batches: str = ""  # batch sizes, with commas: only measure the throughput of prompts of mixed lengths
+    marking: bool = False  # only measure what labels cost, with and without recomputed blocks
     paper_table: bool = False  # print the paper's table 2 beside our count of its FLOPs, and nothing else
     seed: int = 0  # of the random tokens, heads and weights
     dtype: str = "auto"  # auto, bfloat16 or float32
@@ -113,7 +118,10 @@ def executed_flops(config, cache, schedule=None):
 
 
 def paper_flops(config, lengths):
-    """The paper's count (table 2), lengths: tokens alive per layer: no GQA, full squares, LM head on every row."""
+    """The count that reproduces the paper's table 2 (found by matching it), lengths: tokens alive per layer.
+
+    No GQA; 3 d per pair of the full square; the embedding counted as a product beside an LM head on every row.
+    """
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     return sum(2 * (4 * d * d + 3 * d * f) * n + 3 * d * n * n for n in lengths) + 4 * v * d * lengths[0]
 
@@ -133,7 +141,9 @@ def paper_table():
 
 def print_paper_table(rows):
     """The rows of paper_table(), aligned."""
-    print("TFLOPs of the prefill, Mistral-7B: the paper's table 2, and ours by its formula")
+    print(
+        "TFLOPs of the prefill, Mistral-7B: the paper's table 2, and ours by the formula that matches its dense column"
+    )
     print(f"{'tokens':>7} " + " ".join(f"{m + ' paper':>12} {'ours':>9} {'diff':>7}" for m in ("dense", "SDTP")))
     for r in rows:
         cells = (f"{r[m + '_paper']:12.2f} {r[m + '_ours']:9.2f} {r[m + '_diff']:+7.2%}" for m in ("dense", "sdtp"))
@@ -144,13 +154,15 @@ def fit(rows):
     """time = a * linear FLOPs + b * attention FLOPs over the rows of our own methods.
 
     Least squares of the relative error, as lengths differ a hundredfold in time. Returns (1 / a and 1 / b in
-    GFLOP/s, the largest |predicted / measured - 1|).
+    GFLOP/s, the largest |predicted / measured - 1|), or None where the rows cannot tell the two apart.
     """
     rows = [r for r in rows if r["method"] != "transformers"]
+    if len(rows) < 3:
+        return None
     flops = torch.tensor([[r["linear_flops"], r["attention_flops"]] for r in rows], dtype=torch.float64) / 1e9
     relative = flops / torch.tensor([[r["prefill_s"]] for r in rows], dtype=torch.float64)
     a, b = solution = torch.linalg.lstsq(relative, torch.ones(len(rows), 1, dtype=torch.float64)).solution
-    return 1 / a.item(), 1 / b.item(), (relative @ solution - 1).abs().max().item()
+    return None if min(a, b) <= 0 else (1 / a.item(), 1 / b.item(), (relative @ solution - 1).abs().max().item())
 
 
 # ---------------------------------------------------------------------------- memory
@@ -182,7 +194,10 @@ def cpu_peak_bytes(call):
 
 
 def rss_bytes(call):
-    """Highest resident size of this process while call() runs, weights and all; Linux's VmHWM, None elsewhere."""
+    """Highest resident size of this process while call() runs; Linux's VmHWM, None elsewhere.
+
+    All that is loaded counts, transformers' copy of the weights too: compare rows of one run, not of two.
+    """
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # pages that glibc keeps of the methods before are none of this one's
@@ -203,7 +218,10 @@ def random_model(fields, dtype="auto", device="cpu"):
         model = Transformer(Config.from_dict(fields))
     state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.state_dict().items()}
     for name, p in state.items():
-        p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
+        if "norm" in name:
+            p.fill_(1)
+        else:
+            p.normal_(0, 0.02)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).to(device, dtype)
 
@@ -214,12 +232,6 @@ def shape_fields(name, layers, positions):
         raise ValueError(f"--shape {name}: choose {', '.join(SHAPES)}")
     fields = SHAPES[name] | {"max_position_embeddings": positions}
     return fields | ({"num_hidden_layers": layers} if layers else {})
-
-
-def scaled_schedule(num_hidden_layers):
-    """The paper's stages (first layer 4, step 3, of 32 layers), scaled to a model's depth."""
-    first_layer, step = (max(1, layers * num_hidden_layers // 32) for layers in (4, 3))
-    return Schedule(num_hidden_layers, first_layer=first_layer, step=step)
 
 
 def extend_positions(model, positions):
@@ -295,7 +307,7 @@ def speed(seconds, dense):
 
 
 def work(model, ids, heads=None, schedule=None):
-    """The counted fields of a row, from one prefill with a cache for the prompt alone."""
+    """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too."""
     cache = prefill(model, ids, heads, schedule)[1]
     linear, attention, head = executed_flops(model.config, cache, schedule)
     alive = [lengths[0] for lengths in cache.seqlens()]
@@ -326,7 +338,10 @@ def heads_seconds(model, ids, heads, schedule):
 
 
 def measure(model, ids, heads, schedules, reference, new_tokens, repeats):
-    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule} and, with a reference, transformers."""
+    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule} and, with a reference, transformers.
+
+    heads_share: seconds of heads, selection and gather (heads_seconds(), not interleaved) over dense's prefill_s.
+    """
     stages = {("dense", None): (None, None)} | {("sdtp", keep): (heads, s) for keep, s in schedules.items()}
     run = {key: partial(generate, model, ids, scorers=h, schedule=s) for key, (h, s) in stages.items()}
     if reference:
@@ -395,6 +410,98 @@ def draw(rows, path):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------------------- batches, and marking
+
+
+def throughput(model, prompts, variants, sizes, new_tokens, repeats):
+    """Rows of {batch size} x {method: (heads, schedule)}: all prompts by generate(), that many at a time, in turn.
+
+    decode_tokens_s: new tokens per second after each prompt's first; tokens_s: new tokens per second of all the time;
+    of_first: decode_tokens_s over that of the first batch size of the same method. Medians over repeats, after a warm-up.
+    """
+    runs = [(size, name) for size in sizes for name in variants]
+    seconds = {run: [] for run in runs}
+    for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):
+        for size, name in runs:
+            heads, schedule = variants[name]
+            prefill_s = decode_s = 0.0
+            for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+                ticks, lens = [clock(model)], [len(p) for p in batch]
+                note = lambda _, ticks=ticks: ticks.append(clock(model))
+                generate(model, torch.cat(batch), new_tokens, heads, schedule, seqlens=lens, on_token=note)
+                prefill_s, decode_s = prefill_s + ticks[1] - ticks[0], decode_s + ticks[-1] - ticks[1]
+            if repeat:
+                seconds[size, name].append((prefill_s, decode_s))
+    rows, count = [], len(prompts)
+    for size, name in runs:
+        prefills, decodes = zip(*seconds[size, name])
+        first = [decode_s for _, decode_s in seconds[sizes[0], name]]
+        rows.append({
+            "batch_size": size, "method": name, "prompts": count, "prompt_tokens": sum(map(len, prompts)),
+            "prefill_s": statistics.median(prefills), "decode_s": statistics.median(decodes),
+            "decode_tokens_s": statistics.median(count * (new_tokens - 1) / s for s in decodes),
+            "tokens_s": statistics.median(count * new_tokens / (a + b) for a, b in zip(prefills, decodes)),
+            "of_first": statistics.median(a / b for a, b in zip(first, decodes)),
+        })  # fmt: skip
+    return rows
+
+
+def marking(model, ids, layers, repeats, response=64):
+    """Rows of one length: seconds and peak bytes of a dense prefill and of the labels of all stages.
+
+    The label's loss is that of the last `response` tokens; multiple: median over repeats of seconds over the prefill's.
+    """
+    run = {"dense prefill": partial(prefill, model, ids)}
+    for name, again in (("label", False), ("label, blocks recomputed", True)):
+        starts = [max(1, len(ids) - response)]
+        run[name] = partial(saliency.label, model, ids, layers, "grad_norm", [len(ids)], starts, again)
+    seconds = {name: [] for name in run}
+    for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):  # the first is a warm-up
+        for name, call in run.items():
+            start = clock(model)
+            call()
+            took = clock(model) - start
+            if repeat:
+                seconds[name].append(took)
+    return [
+        {
+            "length": len(ids), "method": name, "seconds": statistics.median(seconds[name]),
+            "multiple": statistics.median(s / d for s, d in zip(seconds[name], seconds["dense prefill"])),
+            "peak_bytes": peak_bytes(model.device, call),
+        }
+        for name, call in run.items()
+    ]  # fmt: skip
+
+
+def measure_batches(config, model, text, lengths, heads, schedules):
+    """--batches: prints and returns the rows of throughput() for prompts of these lengths, the text's beginnings."""
+    sizes = numbers("batches", config.batches, int, lambda n: n > 0)
+    prompts = [text[:n].to(config.device) for n in lengths]
+    variants = {"dense": (None, None)} | {f"sdtp {keep:.3g}": (heads, s) for keep, s in schedules.items()}
+    rows = throughput(model, prompts, variants, sizes, config.new_tokens, config.repeats)
+    print(
+        f"{'batch':>6} {'method':<10} {'prefill s':>10} {'decode s':>9} {'decode tok/s':>13} {'of first':>9} {'tok/s':>7}"
+    )
+    for r in rows:
+        print(
+            f"{r['batch_size']:6d} {r['method']:<10} {r['prefill_s']:10.2f} {r['decode_s']:9.2f}"
+            f" {r['decode_tokens_s']:13.1f} {r['of_first']:8.2f}x {r['tokens_s']:7.1f}"
+        )
+    return rows
+
+
+def measure_marking(config, model, text, lengths, schedules):
+    """--marking: prints and returns the rows of marking() for each of --lengths; a schedule's layers are any's."""
+    rows, layers = [], list(next(iter(schedules.values())))
+    print(f"{'tokens':>7} {'':<25} {'seconds':>8} {'multiple':>9} {'peak MiB':>9}")
+    for n in lengths:
+        rows += (new := marking(model, text[:n].to(config.device), layers, config.repeats))
+        for r in new:
+            peak = r["peak_bytes"] / 2**20
+            print(f"{n:7d} {r['method']:<25} {r['seconds']:8.3f} {r['multiple']:8.2f}x {peak:9.1f}", flush=True)
+    return rows
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -405,7 +512,7 @@ def numbers(flag, text, kind, fits):
     except ValueError:
         values = [None]
     if not all(v is not None and fits(v) for v in values):
-        what = "whole numbers above 0" if kind is int else "numbers between 0 and 1"
+        what = "whole numbers above 0" if kind is int else "numbers above 0 and at most 1"
         raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
     return values
 
@@ -421,8 +528,10 @@ def load(config, positions):
             raise ValueError("--shape has random weights and no tokenizer: leave out --heads and --text")
         fields = shape_fields(config.shape, config.layers, positions)
         model = random_model(fields, cli.device_and_dtype(config), config.device)
-        schedule, name = scaled_schedule(len(model.layers)), f"{config.shape}, {len(model.layers)} layers"
-        cli.describe(model, name + ", random weights", name + ", random weights")
+        depth = len(model.layers)
+        schedule = Schedule(depth) if depth > 4 else Schedule(depth, first_layer=1, step=1)
+        name = f"{config.shape}, {depth} layers, random weights"
+        cli.describe(model, name, name)
     else:
         model, folder = cli.load_model(config)
         heads, schedule = cli.heads_and_schedule(config, model, needed=False)
@@ -441,7 +550,14 @@ def main():
     if config.paper_table:
         print_paper_table(rows := paper_table())
         return cli.write_rows(config.json, rows)
+    if config.batches and config.marking:
+        raise ValueError("--batches and --marking are two runs: give one of them")
+    if (config.batches or config.marking) and (config.transformers or config.figure):
+        raise ValueError("--transformers and --figure are for the run by length, without --batches and --marking")
     lengths = numbers("lengths", config.lengths, int, lambda n: n > 0)
+    if config.batches:
+        torch.manual_seed(config.seed)
+        lengths = torch.randint(200, 2001, (16,)).tolist()
     cli.at_least(1, config, "repeats")
     cli.at_least(2, config, "new_tokens")  # the first is the prefill's
     cli.at_least(0, config, "layers")
@@ -458,6 +574,12 @@ def main():
             f"--lengths {max(lengths)}: beyond the model's {limit} positions; --shape has random weights for any length"
         )
     extend_positions(model, max(lengths) + config.new_tokens)
+    if config.batches or config.marking:
+        if config.batches:
+            rows = measure_batches(config, model, text, lengths, heads, schedules)
+        else:
+            rows = measure_marking(config, model, text, lengths, schedules)
+        return cli.write_rows(config.json, rows, seed=config.seed)
     reference, rows = transformers_model(model, folder, fields) if config.transformers else None, []
     print_header()
     for n in lengths:
@@ -466,9 +588,14 @@ def main():
             print_row(row)
         rows += new
         cli.write_rows(config.json, rows, seed=config.seed)  # after each length: a long run may be cut short
-    linear, attention, deviation = fit(rows)
-    print(f"one fit of all rows: linear FLOPs at {linear:.1f} GFLOP/s, attention at {attention:.1f} GFLOP/s,", end=" ")
-    print(f"largest deviation {deviation:.1%}")
+    if found := fit(rows):
+        linear, attention, off = found
+        print(
+            f"one fit of all rows: linear FLOPs at {linear:.1f} GFLOP/s, attention at {attention:.1f} GFLOP/s,", end=" "
+        )
+        print(f"largest deviation {off:.1%}")
+    else:
+        print("no fit: these rows cannot tell the time of linear FLOPs from that of attention")
     if config.figure:
         draw(rows, config.figure)
 

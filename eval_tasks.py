@@ -63,7 +63,7 @@ def score(model, examples, rankers=None, schedule=None):
     first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache)
     seconds = clock(model) - start
     alive = [list(counts) for counts in zip(*cache.seqlens())]
-    with torch.no_grad():
+    with torch.no_grad():  # the row after each last token is not used, and spares a case for answers of one token
         rest = model(torch.cat(responses), torch.cat(positions), scored, cache).split(scored)
     logits = (torch.cat((one[None], more[:-1])).float() for one, more in zip(first, rest))
     return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds

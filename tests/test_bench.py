@@ -56,7 +56,7 @@ def test_executed_flops_equal_torchs_counter(stages):
     assert linear + head == sum(counted.values()) - products
     assert products == sum(4 * 8 * 4 * m * m for m in alive)
     assert attention == sum(4 * 8 * 4 * m * (m + 1) // 2 for m in alive)
-    assert (head > 0) == bool(stages) and alive[-1] < n or not stages
+    assert (head > 0) == bool(stages) and (alive[-1] < n) == bool(stages)
 
 
 def test_windowed_flops():
@@ -94,6 +94,15 @@ def test_fit_recovers_the_rates():
     predicted = [r["linear_flops"] / linear / 1e9 + r["attention_flops"] / attention / 1e9 for r in rows]
     assert deviation == pytest.approx(max(abs(p / r["prefill_s"] - 1) for p, r in zip(predicted, rows)))
     assert 0.03 < deviation < 0.1
+
+
+def test_no_fit():
+    """Two rows are solved, not fitted, and a negative rate is none."""
+    rows = [
+        {"method": "dense", "linear_flops": a, "attention_flops": b, "prefill_s": s}
+        for a, b, s in ((1e12, 1e11, 2.0), (6.5e11, 5e10, 1.36), (3e11, 1e10, 0.66))
+    ]
+    assert bench.fit(rows[:2]) is None and bench.fit(rows) is None
 
 
 def test_cpu_peak_bytes():
@@ -212,14 +221,6 @@ def test_random_model():
     assert logits.isfinite().all() and logits.std() > 0
 
 
-def test_scaled_schedule():
-    """The paper's stages at 32 layers; at other depths they start and step in proportion, at least one layer."""
-    assert bench.scaled_schedule(32) == Schedule(32)
-    assert list(bench.scaled_schedule(64)) == list(range(8, 64, 6))
-    assert list(bench.scaled_schedule(62)) == list(range(7, 57, 5))
-    assert list(bench.scaled_schedule(16)) == list(range(2, 12)) and list(bench.scaled_schedule(4)) == [1, 2, 3]
-
-
 def test_extend_positions():
     """More positions change nothing of what was there, and let the model decode after a full prompt."""
     model, more = tiny.build(), tiny.build()
@@ -262,7 +263,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "f.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     table = next(i for i, line in enumerate(lines) if line.lstrip().startswith("tokens"))
-    assert len({len(line) for line in lines[table : table + 9]}) == 1 and "largest deviation" in lines[table + 9]
+    assert len({len(line) for line in lines[table : table + 9]}) == 1 and "fit" in lines[table + 9]
 
 
 def test_script_shape(tmp_path, monkeypatch):
@@ -280,3 +281,49 @@ def test_script_paper_table(monkeypatch, capsys):
     run_script(monkeypatch, "--ckpt no/such/folder --paper_table")
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[:2] == ["131072", "8864.49"] and last[4] == "4678.81" and last[6] == "-2.42%"
+
+
+def test_script_batches_and_marking(tmp_path, monkeypatch):
+    """--batches and --marking as commands: their rows."""
+    flags = f"--shape 10m --layers 5 --repeats 1 --json {tmp_path}/r.json"
+    run_script(monkeypatch, f"{flags} --batches 8,16 --new_tokens 2 --keep 0.5")
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [(r["batch_size"], r["method"], r["prompts"]) for r in rows] == [
+        (size, name, 16) for size in (8, 16) for name in ("dense", "sdtp 0.5")
+    ]
+    assert 16 * 200 < rows[0]["prompt_tokens"] < 16 * 2000 and all(r["tokens_s"] > 0 for r in rows)
+    run_script(monkeypatch, f"{flags} --marking --lengths 40,70")
+    assert [r["length"] for r in json.loads((tmp_path / "r.json").read_text())] == [40] * 3 + [70] * 3
+
+
+def test_throughput(monkeypatch):
+    """Every prompt runs once per batch size and method; rates follow from the ticks of each batch."""
+    model, calls, generate_ = tiny.build(torch.float32), [], bench.generate
+    prompts = [tiny.ids(n) for n in (9, 20, 5)]
+    monkeypatch.setattr(bench, "generate", lambda *a, **k: calls.append((k["seqlens"], a[4])) or generate_(*a, **k))
+    ticks = iter(range(1000))
+    monkeypatch.setattr(bench, "clock", lambda model: float(next(ticks)))
+    schedule = Schedule(3, {1: 0.5})
+    variants = {"dense": (None, None), "sdtp": ({1: PruneHead(32)}, schedule)}
+    rows = bench.throughput(model, prompts, variants, [1, 2], new_tokens=4, repeats=1)
+    one, two = [[9], [20], [5]], [[9, 20], [5]]
+    once = [(b, s) for size in (one, two) for s in (None, schedule) for b in size]
+    assert calls == once + once  # the first round is a warm-up
+    for row, batches in zip(rows, (3, 3, 2, 2), strict=True):  # a tick per token of a batch, the first by the prefill
+        assert (row["prefill_s"], row["decode_s"]) == (batches, 3 * batches)
+        assert row["decode_tokens_s"] == 9 / (3 * batches) and row["tokens_s"] == 12 / (4 * batches)
+        assert row["of_first"] == 3 / batches
+    assert [(r["batch_size"], r["method"]) for r in rows] == [(1, "dense"), (1, "sdtp"), (2, "dense"), (2, "sdtp")]
+
+
+def test_marking(monkeypatch):
+    """One row each for the prefill and for labels without and with recomputed blocks; multiples are of the prefill."""
+    model, calls, label = tiny.build(torch.float32), [], bench.saliency.label
+    monkeypatch.setattr(bench.saliency, "label", lambda *a: calls.append(a[3:]) or label(*a))
+    ticks = iter(t for _ in range(3) for t in (0, 2, 0, 5, 0, 8))
+    monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
+    rows = bench.marking(model, tiny.ids(30), [1, 2], repeats=2, response=10)
+    assert [(r["seconds"], r["multiple"]) for r in rows] == [(2, 1), (5, 2.5), (8, 4)]
+    assert set(map(str, calls)) == {str(("grad_norm", [30], [20], again)) for again in (False, True)}
+    assert all(r["peak_bytes"] > 0 and r["length"] == 30 for r in rows)
+    assert rows[2]["peak_bytes"] < rows[1]["peak_bytes"]

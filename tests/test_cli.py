@@ -126,6 +126,8 @@ MISTAKES = {
     "bench.py --lengths 20,65": "--lengths 65: beyond the model's 64 positions; --shape",
     "bench.py --lengths 20 --keep 0.9,1.1": "--keep 0.9,1.1",
     "bench.py --lengths 20 --keep 0.9,": "--keep 0.9,",
+    "bench.py --batches 1,4 --marking": "give one of them",
+    "bench.py --batches 1,4 --figure f.png": "without --batches",
     "bench.py --lengths 20 --new_tokens 1": "--new_tokens 1",
     "bench.py --lengths 20 --layers 2": "--layers is for --shape",
     "bench.py --lengths 20 --shape 3b": "--shape 3b: choose 10m",

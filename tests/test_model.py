@@ -234,6 +234,32 @@ def test_cache_bytes_of_a_batch():
     assert [len(t) for t in cache[0].rows()] == [14] * 3
 
 
+@pytest.mark.parametrize("step", [[1, 0], [1], [1, 1, 1]])
+def test_cache_refuses_other_sequences(step):
+    """Every sequence of the cache gets rows, and no other."""
+    m, cache = tiny.build(), KVCache(3)
+    m(tiny.ids(8), None, [5, 3], cache)
+    with pytest.raises(ValueError, match="holds 2 sequences"):
+        m(tiny.ids(sum(step)), torch.full((sum(step),), 5), step, cache)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("lens", [[40], [40, 7, 300]])
+def test_attend_cache_on_cuda(lens, window):
+    """Decoding on CUDA (FlashAttention where it is installed) gives what it gives in float64 on the CPU."""
+    outs = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        parts = [random_qkv(n, n, 2 * n, seed=n, Hq=8, Hkv=2, D=64) for n in lens]
+        q, k, v, positions, _ = (torch.cat(p).to(device) for p in zip(*parts))
+        q, k, v = (t.bfloat16().to(dtype) for t in (q, k, v))  # rounded before both
+        cache, last = model_py.LayerCache(extra=5), torch.tensor(lens, device=device).cumsum(0) - 1
+        cache.append(k, v, positions, lens)
+        outs.append(model_py.attend_cache(q[last], cache, positions[last], window).cpu().double())
+    assert (outs[0] - outs[1]).abs().max() < 2e-2
+
+
 def test_decoding_is_one_call_per_layer(monkeypatch):
     """A batch decodes by one attend_cache per layer; its padding, however large, has no weight."""
     m, lens, calls, step = tiny.build(), [20, 1, 9], [], model_py.attend_cache
@@ -296,7 +322,7 @@ def test_blocks_as_accurate_as_sdpa(T, K, D):
     limit = (sdpa(q, k, v, positions, k_positions) - expected).abs()
     before = torch.backends.mkldnn.matmul.fp32_precision
     for block, room in ((192, 2**21), (128, 1), (7, 2**21)):
-        out = model_py.blocks(q, k, v, block, room)
+        out = model_py.attend_in_blocks(q, k, v, block, room)
         error = (out - expected).abs()
         assert out.dtype == torch.bfloat16 and out.shape == q.shape
         assert error.max() <= 1.01 * limit.max() and error.pow(2).mean() <= limit.pow(2).mean()
@@ -308,8 +334,8 @@ def test_attend_takes_blocks(monkeypatch):
     monkeypatch.setattr(model_py, "native_bf16", lambda: True)
     parts = [random_qkv(n, n, 2 * n, seed=n, D=64) for n in (70, 1, 200)]
     q, k, v, positions, k_positions = (torch.cat(p) for p in zip(*parts))
-    seqlens, calls, blocks = [70, 1, 200], [], model_py.blocks
-    monkeypatch.setattr(model_py, "blocks", lambda *args: calls.append(len(args[0])) or blocks(*args))
+    seqlens, calls, blocks = [70, 1, 200], [], model_py.attend_in_blocks
+    monkeypatch.setattr(model_py, "attend_in_blocks", lambda *args: calls.append(len(args[0])) or blocks(*args))
     expected = attend(q, k, v, positions, k_positions, seqlens, seqlens)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     got = attend(q, k, v, positions, k_positions, seqlens, seqlens)
