@@ -402,9 +402,9 @@ def draw(rows, path):
     for axis in (speedups, memory):
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, lengths)
-        axis.set(xlabel="prompt tokens", ylim=(0, None))
+        axis.set(xlabel="prompt tokens", ylim=(0, 1.4 * axis.get_ylim()[1]))  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", ncols=2)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
