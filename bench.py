@@ -539,9 +539,7 @@ def load(config, positions):
         heads = {layer: PruneHead(model.config.hidden_size).to(config.device) for layer in schedule}
     schedules = {schedule[min(schedule)]: schedule}  # the share of the first stage names a heads' own schedule
     if keeps:
-        schedules = {
-            k: Schedule(len(model.layers), {layer: k ** (s + 1) for s, layer in enumerate(schedule)}) for k in keeps
-        }
+        schedules = {keep: schedule.with_ratio(keep) for keep in keeps}
     return model, folder, fields, heads, schedules
 
 

@@ -134,5 +134,5 @@ def heads_and_schedule(config, model, keep=0.0, needed=True):
     if config.heads or needed:
         heads, schedule, _ = load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)
     if keep:
-        schedule = Schedule(len(model.layers), {layer: keep ** (stage + 1) for stage, layer in enumerate(schedule)})
+        schedule = schedule.with_ratio(keep)
     return heads, schedule

@@ -78,6 +78,10 @@ class Schedule(dict):
                 )
             previous = share
 
+    def with_ratio(self, ratio):
+        """A Schedule of the same stages with another share kept at each."""
+        return Schedule(self.num_hidden_layers, {layer: ratio ** (s + 1) for s, layer in enumerate(self)})
+
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
         counts, count = [], n

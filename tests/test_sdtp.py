@@ -382,6 +382,13 @@ def saved(tmp_path):
     return model, heads, schedule, tmp_path
 
 
+def test_with_ratio():
+    """The stages stay, the shares are the new ratio's."""
+    assert Schedule(30).with_ratio(0.8) == Schedule(30, ratio=0.8)
+    other = Schedule(8, {2: 0.9, 5: 0.3}).with_ratio(0.5)
+    assert other == {2: 0.5, 5: 0.25} and other.num_hidden_layers == 8
+
+
 def test_score():
     """A head's score is keep minus drop logit in float32, of Linear(d/4 -> 2)(GELU(Linear(d -> d/4))), whatever dtype x has."""
     torch.manual_seed(0)
