@@ -5,6 +5,7 @@ python bench.py --transformers                                   # transformers'
 python bench.py --shape llama2-7b --layers 4 --lengths 16384     # random weights of that shape
 python bench.py --batches 1,4,16                                 # throughput of prompts of 200 to 2,000 tokens
 python bench.py --marking --shape 1b                             # labels, as a multiple of one dense forward
+python bench.py --profile                                        # where the time goes, and what the machine can do
 python bench.py --paper_table                                    # the paper's table 2 beside our count of its FLOPs
 """
 
@@ -45,6 +46,7 @@ class BenchConfig:
     transformers: bool = False  # also run transformers, dense (needs it installed)
     batches: str = ""  # batch sizes, with commas: only measure the throughput of prompts of mixed lengths
     marking: bool = False  # only measure what labels cost, with and without recomputed blocks
+    profile: bool = False  # only show where the time of a prefill goes, by operator, beside the machine's limits
     paper_table: bool = False  # print the paper's table 2 beside our count of its FLOPs, and nothing else
     seed: int = 0  # of the random tokens, heads and weights
     dtype: str = "auto"  # auto, bfloat16 or float32
@@ -473,6 +475,55 @@ def marking(model, ids, layers, repeats, response=64):
     ]  # fmt: skip
 
 
+def machine_limits(model, size=2**26):
+    """(GFLOP/s of the MLP's matrix product at 2,048 rows in the model's dtype, GB/s of a copy of `size` floats: read and written)."""
+    rows = torch.randn(2048, model.config.hidden_size, device=model.device).to(model.norm.weight.dtype)
+    weight = model.layers[0].mlp.gate_proj.weight
+    big, other = torch.ones(size, device=model.device), torch.empty(size, device=model.device)
+
+    def best(call):
+        return min(-(clock(model) - (call(), clock(model))[1]) for _ in range(20))
+
+    product = best(lambda: torch.nn.functional.linear(rows, weight))
+    return 2 * rows.numel() * len(weight) / product / 1e9, 8 * size / best(lambda: other.copy_(big)) / 1e9
+
+
+GROUPS = {  # operators by what they do, first match: a name that is none of these is "other"
+    "linear products": ("aten::addmm", "aten::mm", "aten::linear"),
+    "attention products": ("aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "flash_attn"),
+    "softmax": ("aten::_softmax", "aten::softmax"),
+    "copies, casts, gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::masked_fill_", "aten::empty"),
+    "element-wise": ("aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::mean", "aten::rsqrt", "aten::neg"),
+}  # fmt: skip
+
+
+def breakdown(model, call):
+    """{group of operators: its share of the seconds in call()}, by torch.profiler's self times; after a warm-up."""
+    call()
+    cuda = [ProfilerActivity.CUDA] * (model.device.type == "cuda")
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+        call()
+    spent = dict.fromkeys([*GROUPS, "other"], 0.0)
+    for event in profiler.key_averages():
+        group = next((g for g, names in GROUPS.items() if event.key.startswith(names)), "other")
+        spent[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {group: time / sum(spent.values()) for group, time in spent.items()}
+
+
+def measure_profile(config, model, text, lengths, heads, schedules):
+    """--profile: prints and returns, for each of --lengths and each variant, the shares of breakdown()."""
+    product, copy = machine_limits(model)
+    print(f"matrix product of the MLP at 2,048 rows: {product:.0f} GFLOP/s | copy: {copy:.1f} GB/s")
+    rows, variants = [], {"dense": (None, None)} | {f"sdtp {keep:.3g}": (heads, s) for keep, s in schedules.items()}
+    print(f"{'tokens':>7} {'method':<10} " + " ".join(f"{g:>22}" for g in [*GROUPS, "other"]))
+    for n in lengths:
+        for name, (scorers, schedule) in variants.items():
+            shares = breakdown(model, partial(prefill, model, text[:n].to(config.device), scorers, schedule))
+            print(f"{n:7d} {name:<10} " + " ".join(f"{share:22.1%}" for share in shares.values()), flush=True)
+            rows.append({"length": n, "method": name, "product_gflops": product, "copy_gb_s": copy, **shares})
+    return rows
+
+
 def measure_batches(config, model, text, lengths, heads, schedules):
     """--batches: prints and returns the rows of throughput() for prompts of these lengths, the text's beginnings."""
     sizes = numbers("batches", config.batches, int, lambda n: n > 0)
@@ -548,10 +599,11 @@ def main():
     if config.paper_table:
         print_paper_table(rows := paper_table())
         return cli.write_rows(config.json, rows)
-    if config.batches and config.marking:
-        raise ValueError("--batches and --marking are two runs: give one of them")
-    if (config.batches or config.marking) and (config.transformers or config.figure):
-        raise ValueError("--transformers and --figure are for the run by length, without --batches and --marking")
+    special = [name for name in ("batches", "marking", "profile") if getattr(config, name)]
+    if len(special) > 1:
+        raise ValueError(f"--{special[0]} and --{special[1]} are two runs: give one of them")
+    if special and (config.transformers or config.figure):
+        raise ValueError(f"--transformers and --figure are for the run by length, without --{special[0]}")
     lengths = numbers("lengths", config.lengths, int, lambda n: n > 0)
     if config.batches:
         torch.manual_seed(config.seed)
@@ -572,11 +624,13 @@ def main():
             f"--lengths {max(lengths)}: beyond the model's {limit} positions; --shape has random weights for any length"
         )
     extend_positions(model, max(lengths) + config.new_tokens)
-    if config.batches or config.marking:
+    if special:
         if config.batches:
             rows = measure_batches(config, model, text, lengths, heads, schedules)
-        else:
+        elif config.marking:
             rows = measure_marking(config, model, text, lengths, schedules)
+        else:
+            rows = measure_profile(config, model, text, lengths, heads, schedules)
         return cli.write_rows(config.json, rows, seed=config.seed)
     reference, rows = transformers_model(model, folder, fields) if config.transformers else None, []
     print_header()

@@ -2,9 +2,11 @@
 
 A scorer is called as scorer(x, positions, seqlens, block) with x: (T, hidden_size), the input of
 `block`, and returns (T,) float32 scores, larger meaning keep. prefill takes a dict {layer: scorer}.
+Spans (Schedule.span) are prefill's, so every scorer here can be had token by token or span by span.
 """
 
 import torch
+import torch.nn.functional as F
 
 from model import attention_weights
 
@@ -19,21 +21,72 @@ def most_recent(x, positions, seqlens, block):
     return positions.float()
 
 
-def last_attention(w=8):
-    """Attention that the last w tokens pay at this layer, mean over them and the heads (cf. LazyLLM, SnapKV)."""
+def norm(x, positions, seqlens, block):
+    """L2 norm of the hidden state."""
+    return x.float().norm(dim=-1)
+
+
+def last_attention(w=8, heads="mean", pool=1):
+    """Attention that the last w tokens pay at this layer, mean over them, then over the heads.
+
+    heads: "mean", "max", or the number of heads of which the mean of the largest is taken, token by token;
+    pool: maximum over so many neighbours. w=1: LazyLLM's; w=8, pool=7: FastKV's (cf. SnapKV).
+    """
 
     def scorer(x, positions, seqlens, block):
         q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
-        parts = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens))
-        return torch.cat(
-            [attention_weights(q[-w:], k, p[-w:], p, block.self_attn.window).mean((0, 1)) for q, k, p in parts]
-        )
+        out = []
+        for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
+            seen = attention_weights(q[-w:], k, p[-w:], p, block.self_attn.window).mean(1)  # (Hq, K)
+            best = {"mean": len(seen), "max": 1}.get(heads, heads)
+            seen = seen.topk(best, dim=0).values.mean(0)
+            out.append(F.max_pool1d(seen[None], pool, stride=1, padding=pool // 2)[0])
+        return torch.cat(out)
 
     return scorer
 
 
+def accumulated_attention(x, positions, seqlens, block, rows=256):
+    """Attention that a token gets from all later ones and itself, summed over them and the heads (H2O, Zhang et al. 2023).
+
+    By blocks of query rows: never a whole map.
+    """
+    q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
+    out = []
+    for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
+        parts = zip(q.split(rows), p.split(rows))
+        out.append(sum(attention_weights(qs, k, ps, p, block.self_attn.window).sum((0, 1)) for qs, ps in parts))
+    return torch.cat(out)
+
+
+def last_query(layer_scores_pool=5):
+    """GemFilter's score (Shi et al. 2024): the last token's query times the keys, summed over heads, mean over 5 neighbours."""
+
+    def scorer(x, positions, seqlens, block):
+        q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
+        out = []
+        for q, k in zip(q.split(seqlens), k.split(seqlens)):
+            dots = torch.einsum("hgd,khd->k", q[-1].unflatten(0, (k.shape[1], -1)).float(), k.float())
+            out.append(F.avg_pool1d(dots[None], layer_scores_pool, stride=1, padding=layer_scores_pool // 2)[0])
+        return torch.cat(out)
+
+    return scorer
+
+
+@torch.no_grad()
+def self_information(model, ids, seqlens):
+    """-log p(token | those before it) under the model itself, (T,): the criterion of Selective Context (Li et al. 2023) and LLMLingua.
+
+    Needs a dense pass of its own; the first token of a sequence, which nothing predicts, scores highest.
+    """
+    nats = F.cross_entropy(model(ids, seqlens=seqlens)[:-1].float(), ids[1:], reduction="none")
+    nats = F.pad(nats, (1, 0), value=torch.inf)
+    nats[torch.tensor([0, *seqlens[:-1]]).cumsum(0)] = torch.inf
+    return nats
+
+
 def from_labels(labels):
-    """Given scores, labels: (N,) by position for each of the prompts: the teacher's own ranking."""
+    """Given scores, labels: (N,) by position for each of the prompts: the teacher's own ranking, or a pass before this one."""
     return lambda x, positions, seqlens, block: torch.cat(
         [label[p] for label, p in zip(labels, positions.split(seqlens), strict=True)]
     ).float()

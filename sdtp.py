@@ -52,16 +52,19 @@ class Schedule(dict):
     """{layer: share of the prompt alive from that layer on}; a stage at layer l scores the input of block l.
 
     Schedule(30) has the paper's stages, as many as fit: layers 4, 7, 10, ... (at most 10), where after
-    stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. ValueError
-    names a layer outside the model or a share outside [0, 1] or above the one before.
+    stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. span: neighbouring tokens
+    that are scored, kept or dropped together (1: the paper's). ValueError names a layer outside the model, a
+    share outside [0, 1] or above the one before, or a span below 1.
     """
 
-    def __init__(self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9):
+    def __init__(self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1):
         if shares is None:
             layers = range(first_layer, num_hidden_layers, step)[:stages]
             shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
-        self.num_hidden_layers = num_hidden_layers
+        self.num_hidden_layers, self.span = num_hidden_layers, span
+        if span < 1:
+            raise ValueError(f"the schedule has spans of {span} tokens; at least 1 is needed")
         if not self:
             raise ValueError(
                 f"the schedule has no stage: first layer {first_layer} in a model of {num_hidden_layers} layers"
@@ -80,7 +83,8 @@ class Schedule(dict):
 
     def with_ratio(self, ratio):
         """A Schedule of the same stages with another share kept at each."""
-        return Schedule(self.num_hidden_layers, {layer: ratio ** (s + 1) for s, layer in enumerate(self)})
+        shares = {layer: ratio ** (s + 1) for s, layer in enumerate(self)}
+        return Schedule(self.num_hidden_layers, shares, span=self.span)
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
@@ -92,19 +96,29 @@ class Schedule(dict):
         return counts
 
 
-def select(scores, positions, share, seqlens, prompt_lens):
+def pool(scores, positions, span):
+    """The mean score of each row's span, (T,): the rows of one sequence alive in positions span * i to span * (i + 1) - 1."""
+    if span == 1:
+        return scores
+    _, index, counts = torch.unique_consecutive(positions // span, return_inverse=True, return_counts=True)
+    return (scores.new_zeros(len(counts)).index_add(0, index, scores) / counts)[index]
+
+
+def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
 
     scores: (T,) float32; positions: (T,); seqlens: rows alive per sequence; prompt_lens: prompt tokens
-    per sequence, dropped ones included. Returns ((K,) ascending row indices, rows kept per sequence).
+    per sequence, dropped ones included; span: whole spans of so many tokens are kept, by their mean score, but for
+    the last one, of which the later tokens fill the count. Returns ((K,) ascending row indices, rows kept per sequence).
     """
     keep, kept, start = [], [], 0
     for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
-        protected = is_protected(positions[start : start + length], n)
-        count = min(length, alive_count(n, share))
+        here = positions[start : start + length]
+        protected, count = is_protected(here, n), min(length, alive_count(n, share))
         # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
         order = (
-            rows.nan_to_num(nan=-math.inf)
+            pool(rows, here, span)
+            .nan_to_num(nan=-math.inf)
             .masked_fill(protected, math.inf)
             .flip(0)
             .argsort(descending=True, stable=True)
@@ -175,6 +189,7 @@ def save_heads(folder, heads, model, schedule, **info):
         "fingerprint": fingerprint(model),
         "sha256": hashlib.sha256(data).hexdigest(),
         "schedule": {str(layer): share for layer, share in schedule.items()},
+        "span": schedule.span,
         **info,
     }
     write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
@@ -192,7 +207,7 @@ def load_heads(folder, model):
             f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
         )
     try:
-        schedule = Schedule(len(model.layers), meta["schedule"])
+        schedule = Schedule(len(model.layers), meta["schedule"], span=meta.get("span", 1))
         heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
@@ -234,7 +249,7 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
-            keep, seqlens = select(scores, positions, schedule[layer], seqlens, prompt_lens)
+            keep, seqlens = select(scores, positions, schedule[layer], seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
         x = block(x, positions, seqlens, cache[layer])
     check_alive(cache, schedule, prompt_lens)

@@ -294,6 +294,39 @@ def test_script_batches_and_marking(tmp_path, monkeypatch):
     assert 16 * 200 < rows[0]["prompt_tokens"] < 16 * 2000 and all(r["tokens_s"] > 0 for r in rows)
     run_script(monkeypatch, f"{flags} --marking --lengths 40,70")
     assert [r["length"] for r in json.loads((tmp_path / "r.json").read_text())] == [40] * 3 + [70] * 3
+    run_script(monkeypatch, f"{flags} --profile --lengths 40,70 --keep 0.5")
+    rows = json.loads((tmp_path / "r.json").read_text())
+    variants = [(n, name) for n in (40, 70) for name in ("dense", "sdtp 0.5")]
+    assert [(r["length"], r["method"]) for r in rows] == variants
+    assert all(r["product_gflops"] > 0 and r["copy_gb_s"] > 0 for r in rows)
+
+
+def test_breakdown():
+    """Each group holds its own operators: shares add to 1, and a call of nothing but products is nearly all products."""
+    model, a = tiny.build(), torch.randn(600, 600)
+    shares = bench.breakdown(model, lambda: [a @ a for _ in range(20)])
+    assert sum(shares.values()) == pytest.approx(1) and shares["linear products"] > 0.8
+    shares = bench.breakdown(model, lambda: [torch.bmm(a[None], a[None]) for _ in range(20)])
+    assert shares["attention products"] > 0.8
+    shares = bench.breakdown(model, partial(prefill, model, tiny.ids(60)))
+    assert min(shares.values()) > 0
+
+
+def test_machine_limits(monkeypatch):
+    """Rates are work over seconds: with a clock that ticks once a call, the work itself."""
+    model = tiny.build(torch.float32)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
+    weight = model.layers[0].mlp.gate_proj.weight
+    product, copy = bench.machine_limits(model, size=1000)
+    assert product == pytest.approx(2 * 2048 * weight.numel() / 1e9) and copy == pytest.approx(8000 / 1e9)
+
+
+@pytest.mark.parametrize("flags", ["--batches 1 --marking", "--profile --marking", "--profile --transformers"])
+def test_script_one_run_at_a_time(flags, monkeypatch):
+    """Flags that ask for different runs are refused by name."""
+    with pytest.raises(SystemExit, match=f"{flags.split()[-1]}"):
+        run_script(monkeypatch, f"--shape 10m {flags}")
 
 
 def test_throughput(monkeypatch):

@@ -165,11 +165,42 @@ def test_select_equals_python_sort(data, prompt_lens, share):
         assert [alive[i] for i in select(torch.tensor(s), torch.tensor(alive), share, [len(alive)], [n])[0]] == w
 
 
-def test_select_not_a_number():
+@pytest.mark.parametrize("span", [1, 8])
+def test_select_not_a_number(span):
     """A score that is no number, or infinite, never takes the place of a protected token."""
-    scores = torch.tensor([1.0] * 4 + [torch.nan] * 5 + [torch.inf] * 5 + [0.0] * 6)
-    keep, _ = select(scores, torch.arange(20), 0.3, [20], [20])
+    scores = torch.tensor([1.0] * 4 + [torch.nan] * 5 + [torch.inf] * 5 + [-torch.inf] * 6)
+    keep, _ = select(scores, torch.arange(20), 0.3, [20], [20], span)
     assert keep.tolist() == [0, 1, 2, 3, 18, 19]
+
+
+@given(st.data(), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.floats(0, 1), st.integers(2, 20))
+def test_select_spans(data, prompt_lens, share, span):
+    """With spans, select is the same sort after each score gave way to its span's mean, over what is alive of it."""
+    parts, scores, wanted = [], [], []
+    for n in prompt_lens:
+        alive = [p for p in range(n) if is_protected(torch.tensor(p), n) or data.draw(st.booleans())]
+        values = data.draw(st.lists(st.integers(-4, 4), min_size=len(alive), max_size=len(alive)))
+        means = []
+        for p in alive:
+            members = [v for q, v in zip(alive, values) if q // span == p // span]
+            means.append((torch.tensor(float(sum(members))) / len(members)).item())
+        parts.append(alive)
+        scores.append([float(v) for v in values])
+        wanted.append(kept_by_sort(means, alive, n, share))
+    positions = torch.tensor(sum(parts, []))
+    lens = [len(p) for p in parts]
+    keep, kept = select(torch.tensor(sum(scores, [])), positions, share, lens, prompt_lens, span)
+    assert [p.tolist() for p in positions[keep].split(kept)] == wanted
+
+
+def test_select_keeps_whole_spans():
+    """Spans are whole but for the protected tokens and the one that fills the count, of which the later tokens stay."""
+    scores = torch.zeros(100)
+    scores[[20, 47, 65]] = torch.tensor([3.0, 2.0, 1.0])
+    keep, kept = select(scores, torch.arange(100), 0.34, [100], [100], 8)
+    assert keep.tolist() == [0, 1, 2, 3, *range(16, 24), *range(40, 48), *range(68, 72), *range(90, 100)] and kept == [
+        34
+    ]
 
 
 # ---------------------------------------------------------------------------- prefill
