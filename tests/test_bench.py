@@ -84,13 +84,16 @@ def test_paper_table():
 
 
 def test_fit_recovers_the_rates():
-    """Times made from two rates give them back; transformers' rows are not ours; a row 10 % off shows as that."""
+    """Times made from two rates give them back; other programs' rows are not ours; a row 10 % off shows as that."""
     rows = [
         {"method": "dense", "linear_flops": n * 1e9, "attention_flops": n * n * 1e7, "prefill_s": n / 500 + n * n / 2e4}
         for n in (1, 3, 10, 300)
     ]
-    other = {"method": "transformers", "linear_flops": 1e9, "attention_flops": 1e9, "prefill_s": 77.0}
-    linear, attention, deviation = bench.fit([*rows, other])
+    others = [
+        {"method": method, "linear_flops": 1e9, "attention_flops": 1e9, "prefill_s": 77.0}
+        for method in ("transformers", "llama.cpp", "kvpress")
+    ]
+    linear, attention, deviation = bench.fit(rows + others)
     assert (linear, attention) == pytest.approx((500, 200)) and deviation < 1e-6
     rows[1]["prefill_s"] /= 1.1
     linear, attention, deviation = bench.fit(rows)
@@ -161,6 +164,16 @@ def test_timed_interleaves(monkeypatch):
     seconds = bench.timed(None, {"a": variant("a", 2, 0.5), "b": variant("b", 1, 0.25)}, 5, 2)
     assert calls == [("a", 2), ("b", 2), ("a", 5), ("b", 5), ("a", 5), ("b", 5)]
     assert seconds == {"a": [(2, 0.5, 4)] * 2, "b": [(1, 0.25, 2)] * 2}
+
+
+def test_timed_asks_peers():
+    """A peer's own times count, but for those of the warm-up; one that fails on the way leaves what it had."""
+    answers = [{"first_s": n, "per_token_s": 2 * n, "total_s": 3 * n} for n in range(4)]
+    asked = {
+        "a": lambda new_tokens, it=iter(answers): next(it),
+        "b": lambda new_tokens, it=iter(answers[:2]): next(it, None),
+    }
+    assert bench.timed(None, {}, 5, 3, asked) == {"a": [(1, 2, 3), (2, 4, 6), (3, 6, 9)], "b": [(1, 2, 3)]}
 
 
 def test_speed_ratios_are_per_repeat():
