@@ -1,7 +1,8 @@
-"""Speed, FLOPs and memory: dense, pruned and transformers in turn in one run, beside what the FLOPs promise.
+"""Speed, FLOPs and memory: dense, pruned and other programs in turn in one run, beside what the FLOPs promise.
 
 python bench.py --lengths 1024,2048,4096 --keep 0.9,0.8
 python bench.py --transformers                                   # transformers' dense model in the same run
+python bench.py --peers peers                                    # llama.cpp and kvpress, from their own environments
 python bench.py --shape llama2-7b --layers 4 --lengths 16384     # random weights of that shape
 python bench.py --batches 1,4,16                                 # throughput of prompts of 200 to 2,000 tokens
 python bench.py --marking --shape 1b                             # labels, as a multiple of one dense forward
@@ -11,8 +12,11 @@ python bench.py --paper_table                                    # the paper's t
 
 import ctypes
 import gc
+import json
 import os
 import statistics
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -28,7 +32,7 @@ from data import read_text
 from download import DEFAULT
 from eval_tasks import clock
 from model import Config, RoPE, Transformer, auto_dtype
-from sdtp import PruneHead, Schedule, generate, prefill
+from sdtp import PruneHead, Schedule, fingerprint, generate, prefill
 from tokenizer import Tokenizer
 
 
@@ -44,6 +48,7 @@ class BenchConfig:
     new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill
     repeats: int = 5  # runs of each variant after a warm-up, in turn
     transformers: bool = False  # also run transformers, dense (needs it installed)
+    peers: str = ""  # folder of the peers' own virtual environments: run llama.cpp and kvpress from it too
     batches: str = ""  # batch sizes, with commas: only measure the throughput of prompts of mixed lengths
     marking: bool = False  # only measure what labels cost, with and without recomputed blocks
     profile: bool = False  # only show where the time of a prefill goes, by operator, beside the machine's limits
@@ -158,7 +163,7 @@ def fit(rows):
     Least squares of the relative error, as lengths differ a hundredfold in time. Returns (1 / a and 1 / b in
     GFLOP/s, the largest |predicted / measured - 1|), or None where the rows cannot tell the two apart.
     """
-    rows = [r for r in rows if r["method"] != "transformers"]
+    rows = [r for r in rows if r["method"] in ("dense", "sdtp")]
     if len(rows) < 3:
         return None
     flops = torch.tensor([[r["linear_flops"], r["attention_flops"]] for r in rows], dtype=torch.float64) / 1e9
@@ -270,15 +275,91 @@ def transformers_generate(reference, ids, max_new_tokens, on_token=None):
     return out.past_key_values
 
 
+# ---------------------------------------------------------------------------- peers, in their own environments
+
+PEERS = {  # what bench_peer.py can run -> the packages of its virtual environment
+    "llama.cpp": "llama-cpp-python==0.3.36 gguf==0.19.0 numpy==2.4.6",
+    "kvpress": "kvpress==0.5.5 transformers==5.2.0 torch==2.13.0",
+}
+
+
+class Peer:
+    """A bench_peer.py that waits for requests. One that fails says so in one line, and answers None from then on."""
+
+    def __init__(self, name, python, *arguments):
+        self.name, self.errors = name, tempfile.TemporaryFile("w+", errors="replace")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        script = Path(__file__).with_name("bench_peer.py")  # -I: none of our modules hides one of theirs
+        self.process = subprocess.Popen([python, "-I", script, name, *map(str, arguments)], **pipes)
+
+    def ask(self, **request):
+        """The dict that bench_peer.py answers to {"ids": token ids, "new_tokens": n, ...}, or None."""
+        if self.process.stdin.closed:
+            return None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):  # a broken pipe; no line, or none of JSON
+            self.stop()
+            self.errors.seek(0)
+            said = [line for line in self.errors.read().splitlines() if line.strip()] or ["it wrote nothing"]
+            tqdm.write(f"no {self.name} from here on: it ended with status {self.process.returncode}: {said[-1]}")
+
+    def stop(self):
+        """Close its stdin, which ends it, and wait."""
+        self.process.communicate()
+
+
+def start_peers(where, model, folder, positions, text_ids):
+    """{name: Peer} of the environments in the folder --peers; one line for each that is missing or does not start.
+
+    text_ids: a text, after which a peer's first token should be ours.
+    """
+    peers, threads = {}, ["--threads", torch.get_num_threads()]
+    first = generate(model, text_ids.to(model.device), 1)[0][0]
+    gguf = Path(where) / f"{folder.resolve().name}-{fingerprint(model)[:12]}.gguf"
+    more = {
+        "llama.cpp": ["--positions", positions, "--gguf", gguf],
+        "kvpress": ["--dtype", str(model.norm.weight.dtype).removeprefix("torch.")],
+    }
+    for name, packages in PEERS.items():
+        place = Path(where) / name
+        if not (python := place / "bin" / "python").exists():
+            print(f"no {name}: {python} is not there; python -m venv {place} && {place}/bin/pip install {packages}")
+            continue
+        try:
+            peers[name] = Peer(name, python.absolute(), folder, *threads, *more[name])
+        except OSError as error:
+            print(f"no {name}: {error}")
+            continue
+        answer = peers[name].ask(ids=text_ids.tolist(), new_tokens=1)
+        if answer and answer["first_token"] != first:
+            print(f"warning: after {len(text_ids)} tokens of LICENSE {name} says {answer['first_token']}, we {first}")
+    return peers
+
+
+def requests(peers, ids, schedules):
+    """{(method, keep): Peer.ask(new_tokens=...)}; kvpress once for each sdtp, to keep as many keys and values as that."""
+    ratios = {keep: 1 - statistics.mean(s.alive(len(ids))) / len(ids) for keep, s in schedules.items()}
+    asked = {}
+    for name, peer in peers.items():
+        for keep in ratios if name == "kvpress" else [None]:
+            more = {"compression_ratio": ratios[keep]} if keep else {}
+            asked[name, keep] = partial(peer.ask, ids=ids.tolist(), **more)
+    return asked
+
+
 # ---------------------------------------------------------------------------- one length
 
 
-def timed(model, run, new_tokens, repeats):
-    """Interleaved timing of {key: generate(new_tokens, on_token=...)}, after one warm-up each.
+def timed(model, run, new_tokens, repeats, asked=None):
+    """Interleaved timing of {key: generate(new_tokens, on_token=...)} and of peers, after one warm-up each.
 
+    asked: {key: Peer.ask(new_tokens=...)}; a peer times itself.
     Returns {key: (seconds to the first token, per later token, to the last token) of each repeat}.
     """
-    seconds = {key: [] for key in run}
+    asked = asked or {}
+    seconds = {key: [] for key in run | asked}
     for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):
         for key, call in run.items():
             ticks = [clock(model)]
@@ -286,6 +367,10 @@ def timed(model, run, new_tokens, repeats):
             start, first, *_, last = ticks
             if repeat:
                 seconds[key].append((first - start, (last - first) / (new_tokens - 1), last - start))
+        for key, ask in asked.items():
+            answer = ask(new_tokens=new_tokens if repeat else 2)
+            if answer and repeat:
+                seconds[key].append((answer["first_s"], answer["per_token_s"], answer["total_s"]))
     return seconds
 
 
@@ -339,16 +424,18 @@ def heads_seconds(model, ids, heads, schedule):
     return sum(ticks)
 
 
-def measure(model, ids, heads, schedules, reference, new_tokens, repeats):
-    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule} and, with a reference, transformers.
+def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=None):
+    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule}, with a reference transformers, and {name: Peer}.
 
+    A peer has dense's work and its own keys and values; its peak of live tensors is not known.
     heads_share: seconds of heads, selection and gather (heads_seconds(), not interleaved) over dense's prefill_s.
     """
     stages = {("dense", None): (None, None)} | {("sdtp", keep): (heads, s) for keep, s in schedules.items()}
     run = {key: partial(generate, model, ids, scorers=h, schedule=s) for key, (h, s) in stages.items()}
     if reference:
         run["transformers", None] = partial(transformers_generate, reference, ids)
-    seconds, dense, rows = timed(model, run, new_tokens, repeats), work(model, ids), []
+    asked = requests(peers or {}, ids, schedules)
+    seconds, dense, rows = timed(model, run, new_tokens, repeats, asked), work(model, ids), []
     for (method, keep), call in run.items():
         row = {"length": len(ids), "method": method, "keep": keep, **dense, "heads_share": 0.0}
         row |= speed(seconds[method, keep], seconds["dense", None])
@@ -363,6 +450,13 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats):
         row["peak_bytes"] = peak_bytes(model.device, partial(call, 1))  # apart from the timed runs
         row["rss_bytes"] = rss_bytes(partial(call, 1))
         rows.append(row)
+    for (method, keep), ask in asked.items():
+        if not (answer := ask(new_tokens=1)):  # it has failed, here or before
+            continue
+        row = {"length": len(ids), "method": method, "keep": keep, **dense, "heads_share": 0.0}
+        row |= speed(seconds[method, keep], seconds["dense", None]) | {"flops_ratio": 1.0, "peak_bytes": None}
+        row |= {field: answer[field] for field in ("kv_bytes", "rss_bytes")}
+        rows.append(row | {"reached": row["speedup"]})
     return rows
 
 
@@ -376,12 +470,12 @@ def print_header():
 
 def print_row(r):
     name = r["method"] + ("" if r["keep"] is None else f" {r['keep']:.3g}")
-    rss = "" if r["rss_bytes"] is None else f"{r['rss_bytes'] / 2**20:.0f}"
+    peak, rss = ("-" if r[b] is None else f"{r[b] / 2**20:.{d}f}" for b, d in (("peak_bytes", 1), ("rss_bytes", 0)))
     print(
         f"{r['length']:7d} {name:<14}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
         f"|{r['decode_s'] * 1e3:7.2f} {r['decode_ratio']:6.3f} |{r['total_s']:8.2f} {r['total_speedup']:6.2f}x "
         f"|{r['prefill_flops'] / 1e9:8.1f} {r['flops_ratio']:5.2f}x {r['reached']:7.3f} |{r['mean_alive']:6.3f} "
-        f"|{r['kv_bytes'] / 2**20:8.2f} {r['peak_bytes'] / 2**20:8.1f} {rss:>7} |{r['heads_share']:6.2%}",
+        f"|{r['kv_bytes'] / 2**20:8.2f} {peak:>8} {rss:>7} |{r['heads_share']:6.2%}",
         flush=True,
     )
 
@@ -395,7 +489,9 @@ def draw(rows, path):
         of = [r for r in rows if (r["method"], r["keep"]) == variant]
         lengths, name = [r["length"] for r in of], " ".join(f"{part}" for part in variant if part is not None)
         (line,) = speedups.plot(lengths, [r["speedup"] for r in of], marker="o", label=name)
-        memory.plot(lengths, [r["peak_bytes"] / 2**20 for r in of], marker="o", label=name)
+        if of[0]["peak_bytes"] is not None:
+            peaks = [r["peak_bytes"] / 2**20 for r in of]
+            memory.plot(lengths, peaks, marker="o", color=line.get_color(), label=name)
         if variant[0] == "sdtp":
             ratios = [r["flops_ratio"] for r in of]
             speedups.plot(lengths, ratios, "--", color=line.get_color(), label=f"{name}: executed FLOPs")
@@ -403,7 +499,7 @@ def draw(rows, path):
     memory.set_ylabel("peak of live tensors above weights (MiB)")
     for axis in (speedups, memory):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, lengths)
+        axis.set_xticks(ticks := sorted({r["length"] for r in rows}), ticks)
         axis.set(xlabel="prompt tokens", ylim=(0, 1.4 * axis.get_ylim()[1]))  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left", ncols=2)
@@ -602,8 +698,10 @@ def main():
     special = [name for name in ("batches", "marking", "profile") if getattr(config, name)]
     if len(special) > 1:
         raise ValueError(f"--{special[0]} and --{special[1]} are two runs: give one of them")
-    if special and (config.transformers or config.figure):
-        raise ValueError(f"--transformers and --figure are for the run by length, without --{special[0]}")
+    if special and (config.transformers or config.peers or config.figure):
+        raise ValueError(f"--transformers, --peers and --figure are for the run by length, without --{special[0]}")
+    if config.peers and config.shape:
+        raise ValueError("--peers read the checkpoint's folder; --shape has none")
     lengths = numbers("lengths", config.lengths, int, lambda n: n > 0)
     if config.batches:
         torch.manual_seed(config.seed)
@@ -632,14 +730,23 @@ def main():
         else:
             rows = measure_profile(config, model, text, lengths, heads, schedules)
         return cli.write_rows(config.json, rows, seed=config.seed)
-    reference, rows = transformers_model(model, folder, fields) if config.transformers else None, []
+    reference, rows, peers = transformers_model(model, folder, fields) if config.transformers else None, [], {}
+    if config.peers:
+        if model.device.type != "cpu":
+            raise ValueError(f"--peers run on the CPU only, not on --device {config.device}")
+        page = Tokenizer(folder).encode(Path(__file__).with_name("LICENSE").read_text())[: max(lengths)]
+        peers = start_peers(config.peers, model, folder, max(lengths) + config.new_tokens, torch.tensor(page))
     print_header()
     for n in lengths:
-        new = measure(model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats)
+        new = measure(
+            model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats, peers
+        )
         for row in new:
             print_row(row)
         rows += new
         cli.write_rows(config.json, rows, seed=config.seed)  # after each length: a long run may be cut short
+    for peer in peers.values():
+        peer.stop()
     if found := fit(rows):
         linear, attention, off = found
         print(

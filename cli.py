@@ -1,6 +1,7 @@
 """What every script shares: flags from a dataclass, one line for a user's mistake, rows with their origin."""
 
 import argparse
+import ctypes
 import inspect
 import json
 import os
@@ -49,6 +50,7 @@ def parse(config_class, doc, argv=None):
 
 def run(main):
     """Call main; a user's mistake ends in one line and exit status 1 (SDTP_TRACEBACK=1 shows where it arose)."""
+    keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:
@@ -61,6 +63,17 @@ def run(main):
         if os.environ.get("SDTP_TRACEBACK"):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+
+
+def keep_freed_memory():
+    """Let glibc keep the pages of freed tensors: it hands large ones back at once, and faulting them in again for the
+    next operator costs a prefill of 1,024 tokens an eighth of its time (results/LOG.md, session 3)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks when that much is free at its end
 
 
 def at_least(minimum, config, *names):

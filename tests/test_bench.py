@@ -7,10 +7,13 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_peer
 import cli
+import download
 import scorers
 import sdtp
 from bench import SHAPES, cpu_peak_bytes, executed_flops, pairs, random_model, rss_bytes, shape_fields
@@ -81,13 +84,16 @@ def test_paper_table():
 
 
 def test_fit_recovers_the_rates():
-    """Times made from two rates give them back; transformers' rows are not ours; a row 10 % off shows as that."""
+    """Times made from two rates give them back; other programs' rows are not ours; a row 10 % off shows as that."""
     rows = [
         {"method": "dense", "linear_flops": n * 1e9, "attention_flops": n * n * 1e7, "prefill_s": n / 500 + n * n / 2e4}
         for n in (1, 3, 10, 300)
     ]
-    other = {"method": "transformers", "linear_flops": 1e9, "attention_flops": 1e9, "prefill_s": 77.0}
-    linear, attention, deviation = bench.fit([*rows, other])
+    others = [
+        {"method": method, "linear_flops": 1e9, "attention_flops": 1e9, "prefill_s": 77.0}
+        for method in ("transformers", "llama.cpp", "kvpress")
+    ]
+    linear, attention, deviation = bench.fit(rows + others)
     assert (linear, attention) == pytest.approx((500, 200)) and deviation < 1e-6
     rows[1]["prefill_s"] /= 1.1
     linear, attention, deviation = bench.fit(rows)
@@ -158,6 +164,16 @@ def test_timed_interleaves(monkeypatch):
     seconds = bench.timed(None, {"a": variant("a", 2, 0.5), "b": variant("b", 1, 0.25)}, 5, 2)
     assert calls == [("a", 2), ("b", 2), ("a", 5), ("b", 5), ("a", 5), ("b", 5)]
     assert seconds == {"a": [(2, 0.5, 4)] * 2, "b": [(1, 0.25, 2)] * 2}
+
+
+def test_timed_asks_peers():
+    """A peer's own times count, but for those of the warm-up; one that fails on the way leaves what it had."""
+    answers = [{"first_s": n, "per_token_s": 2 * n, "total_s": 3 * n} for n in range(4)]
+    asked = {
+        "a": lambda new_tokens, it=iter(answers): next(it),
+        "b": lambda new_tokens, it=iter(answers[:2]): next(it, None),
+    }
+    assert bench.timed(None, {}, 5, 3, asked) == {"a": [(1, 2, 3), (2, 4, 6), (3, 6, 9)], "b": [(1, 2, 3)]}
 
 
 def test_speed_ratios_are_per_repeat():
@@ -308,8 +324,10 @@ def test_breakdown():
     assert sum(shares.values()) == pytest.approx(1) and shares["linear products"] > 0.8
     shares = bench.breakdown(model, lambda: [torch.bmm(a[None], a[None]) for _ in range(20)])
     assert shares["attention products"] > 0.8
-    shares = bench.breakdown(model, partial(prefill, model, tiny.ids(60)))
-    assert min(shares.values()) > 0
+    shares = bench.breakdown(model, lambda: [a.softmax(-1) for _ in range(20)])
+    assert shares["softmax"] > 0.8
+    shares = bench.breakdown(model, lambda: [(a.clone(), a * a) for _ in range(20)])
+    assert shares["copies, casts, gathers"] + shares["element-wise"] > 0.8
 
 
 def test_machine_limits(monkeypatch):
@@ -360,3 +378,134 @@ def test_marking(monkeypatch):
     assert set(map(str, calls)) == {str(("grad_norm", [30], [20], again)) for again in (False, True)}
     assert all(r["peak_bytes"] > 0 and r["length"] == 30 for r in rows)
     assert rows[2]["peak_bytes"] < rows[1]["peak_bytes"]
+
+
+FAKE = '''#!{python}
+"""A peer's python: notes how it was called, then answers each request by `answer`."""
+import json, sys
+from pathlib import Path
+
+where = Path(__file__).parent
+with open(where / "asked", "a") as file:
+    print(json.dumps(sys.argv[1:]), file=file)
+for line in sys.stdin:
+    request = json.loads(line)
+    with open(where / "asked", "a") as file:
+        print(line.strip(), file=file)
+    {answer}
+'''
+GOOD = """print(json.dumps({"first_s": 2.0, "per_token_s": 0.001, "total_s": 5.0, "kv_bytes": len(request["ids"]),
+        "rss_bytes": 7 * 2**20, "first_token": 99}), flush=True)"""
+
+
+def fake_peer(folder, name, answer=GOOD):
+    """An environment of --peers whose python is FAKE. Returns the file of what it was asked."""
+    python = folder / name / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE.replace("{python}", sys.executable).replace("{answer}", answer))
+    python.chmod(0o755)
+    return python.with_name("asked")
+
+
+def run_peers(tmp_path, monkeypatch, capsys, lengths="20,40"):
+    """bench.py --peers on a tiny checkpoint: its rows of the peers, and what it printed."""
+    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=8)
+    flags = f"--ckpt {folder} --lengths {lengths} --new_tokens 6 --repeats 3 --keep 0.6,0.5 --dtype float32"
+    run_script(monkeypatch, f"{flags} --peers {tmp_path} --json {tmp_path}/r.json --figure {tmp_path}/f.png")
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert {(r["length"], r["method"]) for r in rows} >= {
+        (int(n), m) for n in lengths.split(",") for m in ("dense", "sdtp")
+    }
+    assert len({tuple(sorted(r)) for r in rows}) == 1  # the same keys
+    return [r for r in rows if r["method"] not in ("dense", "sdtp")], capsys.readouterr().out
+
+
+def test_peers(tmp_path, monkeypatch, capsys):
+    """Peers are asked in turn, a warm-up first; their rows hold what they answer; a strange first token is a warning."""
+    asked = [fake_peer(tmp_path, name) for name in ("llama.cpp", "kvpress")]
+    rows, out = run_peers(tmp_path, monkeypatch, capsys)
+    expected = [("llama.cpp", None), ("kvpress", 0.6), ("kvpress", 0.5)]
+    assert [(r["length"], r["method"], r["keep"]) for r in rows] == [(n, *v) for n in (20, 40) for v in expected]
+    for r in rows:
+        assert (r["prefill_s"], r["decode_s"], r["total_s"], r["kv_bytes"]) == (2, 0.001, 5, r["length"])
+        assert (r["peak_bytes"], r["rss_bytes"], r["mean_alive"], r["flops_ratio"]) == (None, 7 * 2**20, 1, 1)
+        assert 0 < r["speedup"] == r["reached"] < 1
+    for file, name, variants in zip(asked, ("llama.cpp", "kvpress"), (1, 2)):
+        call, check, *requests = map(json.loads, file.read_text().splitlines())
+        assert call[0] == "-I" and call[1].endswith("bench_peer.py") and call[2:4] == [name, str(tmp_path / "tiny")]
+        assert call[call.index("--threads") + 1] == str(torch.get_num_threads())
+        assert len(check["ids"]) == 40 and check["new_tokens"] == 1
+        assert [(len(r["ids"]), r["new_tokens"]) for r in requests] == [
+            (n, new) for n in (20, 40) for new in (2, 6, 6, 6, 1) for _ in range(variants)
+        ]
+        assert f"of LICENSE {name} says 99" in out
+    alive = {keep: sum(Schedule(8).with_ratio(keep).alive(40)) / 8 / 40 for keep in (0.6, 0.5)}
+    assert [r["compression_ratio"] for r in requests[-2:]] == pytest.approx([1 - alive[0.6], 1 - alive[0.5]])
+    table = [line for line in out.splitlines() if line.lstrip()[:3] in ("20 ", "40 ", "tok")]
+    assert len(table) == 13 and len({len(line) for line in table}) == 1 and "5.00" in table[4] and " - " in table[4]
+
+
+def test_peers_that_are_missing_or_crash(tmp_path, monkeypatch, capsys):
+    """A missing environment and a crash, at the start or later, are a line each; the run and other peers go on."""
+    later = """if request["new_tokens"] == 6: raise ValueError("out of luck")\n    """ + GOOD
+    fake_peer(tmp_path, "kvpress", later)
+    rows, out = run_peers(tmp_path, monkeypatch, capsys)
+    assert not rows
+    assert f"python -m venv {tmp_path}/llama.cpp && {tmp_path}/llama.cpp/bin/pip install llama-cpp-python==" in out
+    assert out.count("no kvpress from here on: it ended with status 1: ValueError: out of luck") == 1
+    fake_peer(tmp_path, "llama.cpp")
+    (tmp_path / "kvpress" / "bin" / "python").write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
+    rows, out = run_peers(tmp_path, monkeypatch, capsys, "20")
+    assert [r["method"] for r in rows] == ["llama.cpp"]
+    assert out.count("no kvpress") == 1 and "status 1: no such model" in out
+    (tmp_path / "kvpress" / "bin" / "python").write_text("#!/no/such/interpreter\n")
+    assert "no kvpress" in run_peers(tmp_path, monkeypatch, capsys, "20")[1]
+
+
+def test_peers_are_for_a_checkpoint(monkeypatch):
+    with pytest.raises(SystemExit, match="--peers"):
+        run_script(monkeypatch, "--peers x --shape 10m")
+    with pytest.raises(SystemExit, match="--peers"):
+        run_script(monkeypatch, "--peers x --marking")
+
+
+def test_bench_peer_answers(monkeypatch):
+    """Times to the first token, per later token and to the last; the first token; what the prompt's cache holds."""
+    ticks = iter((10.0, 12.0, 12.5, 13.5))
+    monkeypatch.setattr(bench_peer, "perf_counter", lambda: next(ticks))
+    got = bench_peer.answer(lambda ids, new_tokens: iter([5, 6, 7][:new_tokens]), lambda ids: 8 * len(ids), [1, 2], 3)
+    assert (got["first_s"], got["per_token_s"], got["total_s"]) == (2, 0.75, 3.5)
+    assert (got["first_token"], got["kv_bytes"]) == (5, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bench_peer_reads_safetensors(tmp_path, dtype):
+    """Every tensor of every file, to the bit, in the dtypes of checkpoints."""
+    state = {f"{i}.weight": torch.randn(3 + i, 5).to(dtype) for i in range(3)}
+    save_file({k: state[k] for k in ("0.weight", "1.weight")}, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    save_file({"2.weight": state["2.weight"], "rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "b.safetensors")
+    read = dict(bench_peer.read_safetensors(tmp_path))
+    assert read.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(torch.from_numpy(read[name].copy()).to(dtype), tensor)
+
+
+def test_bench_peer_gguf(tmp_path):
+    """Its GGUF comes back as the checkpoint through download.py's names and row order; other models are refused."""
+    gguf = pytest.importorskip("gguf")
+    folder = tiny.write(tmp_path / "tiny", tie_word_embeddings=True)
+    reader = gguf.GGUFReader(bench_peer.write_gguf(folder, tmp_path / "t.gguf", "bfloat16"))
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
+    state = load_file(folder / "model.safetensors")
+    assert len(reader.tensors) == len(state.keys() - {"lm_head.weight"})
+    for tensor in reader.tensors:
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if (part := tensor.name.split(".")[-2]) in heads:
+            weight = download.unpermute(weight, heads[part])
+        expected = state[download.hf_name(tensor.name)]
+        expected = expected.bfloat16().float() if expected.dim() == 2 else expected
+        assert torch.equal(torch.from_numpy(weight.copy()), expected), tensor.name
+    assert not list(tmp_path.glob(".t.gguf*"))
+    with pytest.raises(SystemExit, match="qwen2"):
+        bench_peer.write_gguf(tiny.write(tmp_path / "other", model_type="qwen2"), tmp_path / "o.gguf", "bfloat16")

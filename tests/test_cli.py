@@ -236,6 +236,24 @@ def test_rows_without_git(tmp_path, monkeypatch):
     assert [r["a"] for r in rows] == [1, 2] and all(r["commit"] == "unknown" and r["seed"] == 5 for r in rows)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """A script's large temporaries are not faulted in again: the tenth of 64 MiB touches hardly any new page."""
+    code = (
+        "import cli, resource, torch\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def main():\n"
+        "    for i in range(11):\n"
+        "        before = faults()\n"
+        "        torch.zeros(2**24).add_(1)\n"
+        "    print(faults() - before)\n"
+        "cli.run(main)"
+    )
+    folder = Path(cli.__file__).parent
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True).stdout
+    assert int(out) < 1000  # of 16,384
+
+
 def test_programming_errors_keep_their_traceback():
     """Only what a user can cause is shortened: a RuntimeError, such as the guard's, comes through."""
 
