@@ -344,6 +344,25 @@ def test_attend_takes_blocks(monkeypatch):
     assert calls == [70, 200] and q.grad.abs().sum() > 0
 
 
+def test_attend_cache_in_bfloat16(monkeypatch):
+    """A batch in bfloat16 decodes each sequence's own rows, no further from float64 than SDPA's padded call."""
+    lens, Hkv, D = [300, 7, 120], 3, 64
+    parts = [random_qkv(n, n, 2 * n, seed=n, Hq=9, Hkv=Hkv, D=D) for n in lens]
+    q, k, v, positions, _ = (torch.cat(p) for p in zip(*parts))
+    last = torch.tensor(lens).cumsum(0) - 1
+    outs = {}
+    for native, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float64)):
+        monkeypatch.setattr(model_py, "native_bf16", lambda native=native: native)
+        cache = model_py.LayerCache(extra=4)
+        cache.append(k.bfloat16().to(dtype), v.bfloat16().to(dtype), positions, lens)
+        out = model_py.attend_cache(q[last].bfloat16().to(dtype), cache, positions[last])
+        assert out.dtype == dtype and out.shape == (3, 9, D)
+        outs[native, dtype] = out.double()
+    exact = outs[False, torch.float64]
+    ours, sdpa = ((outs[native, torch.bfloat16] - exact).pow(2).mean() for native in (True, False))
+    assert 0 < ours <= 1.02 * sdpa < 1e-4
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize(
