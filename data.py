@@ -6,6 +6,7 @@ into a training part and a held-out part that no run trains on.
 
 import hashlib
 import json
+import random
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -64,6 +65,70 @@ def text_windows(text, tokenizer, prompt_len, score_len):
     return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len]) for s in starts]
 
 
+NEEDLES = (  # (statement, question): to train on, and to measure on, in other words
+    (
+        ("{name} keeps the spare key in box {value}.", "In which box does {name} keep the spare key?"),
+        ("The parcel for {name} has the number {value}.", "What is the number of the parcel for {name}?"),
+        ("The code {value} opens the locker of {name}.", "Which code opens the locker of {name}?"),
+        ("{name} paid {value} crowns for the house.", "How many crowns did {name} pay for the house?"),
+    ),
+    (
+        (
+            "One of the special magic numbers for {name} is: {value}.",
+            "What is the special magic number for {name} mentioned in the text? The special magic number is",
+        ),
+    ),
+)
+NAMES = (
+    "Ada Bruno Clara Dmitri Elena Farid Greta Hiro Ines Jonas Katya Luis Mina Nils Olga Pedro".split(),
+    "amber-falcon brisk-harbor coral-lantern dusty-meadow early-willow frozen-anchor gentle-comet hollow-cedar".split(),
+)
+
+
+def chat_prompt(text, tokenizer):
+    """Token ids of a user's message, in the chat template where there is one."""
+    if tokenizer.chat_template:
+        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
+    return tokenizer.encode(text + "\n\n")
+
+
+def text_parts(text, tokenizer, tokens, count):
+    """Up to `count` (half, half) texts of that many tokens, spread over the text, split between sentences at spread depths."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    count = min(count, len(ids) // tokens)
+    for i in range(count):
+        start = i * (len(ids) - tokens) // count
+        part = tokenizer.decode(ids[start : start + tokens])
+        depth = int(len(part) * (i * 0.618 % 1))  # golden ratio: spread whatever the count
+        cut = part.find(". ", depth) + 1 or part.find(" ", depth) + 1 or depth
+        yield part[:cut].strip(), part[cut:].strip()
+
+
+def needle_examples(text, tokenizer, prompt_len, count, held_out=False, seed=0):
+    """Up to `count` Examples of about prompt_len tokens: one statement between two sentences of a text, then a question for it."""
+    draw, examples = random.Random(seed), []
+    for before, after in text_parts(text, tokenizer, prompt_len - 64, count):
+        (statement, question), name = draw.choice(NEEDLES[held_out]), draw.choice(NAMES[held_out])
+        value = str(draw.randint(10000, 99999))
+        body = f"{before} {statement.format(name=name, value=value)} {after}\n\n{question.format(name=name)}"
+        response = tokenizer.encode(value, add_special_tokens=False)
+        examples.append(Example(chat_prompt(body, tokenizer), response))
+    return examples
+
+
+def copy_examples(text, tokenizer, prompt_len, count, score_len):
+    """Up to `count` Examples of about prompt_len tokens: a text, and the question for one of its sentences by its beginning."""
+    examples = []
+    for before, after in text_parts(text, tokenizer, prompt_len - 64, count):
+        sentence = after.split(". ")[0]
+        beginning = " ".join(sentence.split()[:4])
+        body = f'{before} {after}\n\nRepeat the sentence of the text that begins with "{beginning}".'
+        response = tokenizer.encode(sentence, add_special_tokens=False)[:score_len]
+        if response:
+            examples.append(Example(chat_prompt(body, tokenizer), response))
+    return examples
+
+
 def read_rows(path):
     """The rows of a jsonl file in Dolly's fields; ValueError names the line."""
     rows = []
@@ -99,12 +164,8 @@ def row_examples(rows, tokenizer, score_len, min_prompt, max_prompt):
     for row in rows:
         if not row["context"].strip():
             continue  # nothing in such a prompt can be spared
-        text = f"{row['context'].strip()}\n\n{row['instruction'].strip()}"
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        else:
-            text += "\n\n"
-        prompt, response = tokenizer.encode(text), tokenizer.encode(row["response"].strip(), add_special_tokens=False)
+        prompt = chat_prompt(f"{row['context'].strip()}\n\n{row['instruction'].strip()}", tokenizer)
+        response = tokenizer.encode(row["response"].strip(), add_special_tokens=False)
         if min_prompt <= len(prompt) <= max_prompt and response:
             examples.append(Example(prompt, response[:score_len]))
     return examples

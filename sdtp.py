@@ -81,10 +81,29 @@ class Schedule(dict):
                 )
             previous = share
 
+    def mean_share(self):
+        """Share of a prompt alive, mean over the layers: what linear FLOPs go by (protected tokens aside)."""
+        ends = [*list(self)[1:], self.num_hidden_layers]
+        alive = min(self) + sum(share * (end - layer) for (layer, share), end in zip(self.items(), ends))
+        return alive / self.num_hidden_layers
+
     def with_ratio(self, ratio):
-        """A Schedule of the same stages with another share kept at each."""
-        shares = {layer: ratio ** (s + 1) for s, layer in enumerate(self)}
-        return Schedule(self.num_hidden_layers, shares, span=self.span)
+        """A Schedule of the same stages and span with the mean_share() of the paper's stages at that ratio.
+
+        All shares are raised to one power: on the paper's own stages that gives ratio**s.
+        """
+
+        def powered(power):
+            shares = {layer: share**power for layer, share in self.items()}
+            return Schedule(self.num_hidden_layers, shares, span=self.span)
+
+        layers = self.num_hidden_layers
+        target = Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share()
+        low, high = 0.0, 100.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if powered(middle).mean_share() > target else (low, middle)
+        return powered(low)
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""

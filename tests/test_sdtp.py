@@ -414,10 +414,19 @@ def saved(tmp_path):
 
 
 def test_with_ratio():
-    """The stages stay, the shares are the new ratio's."""
-    assert Schedule(30).with_ratio(0.8) == Schedule(30, ratio=0.8)
-    other = Schedule(8, {2: 0.9, 5: 0.3}).with_ratio(0.5)
-    assert other == {2: 0.5, 5: 0.25} and other.num_hidden_layers == 8
+    """The stages and the span stay, the mean share alive is that of the paper's stages at the new ratio."""
+    pruned = Schedule(30).with_ratio(0.8)
+    assert list(pruned) == list(Schedule(30)) and list(pruned.values()) == pytest.approx([0.8**s for s in range(1, 10)])
+    for ratio in (1.0, 0.9, 0.5):
+        mean = sum(
+            Schedule(30, ratio=ratio)[max(s for s in Schedule(30) if s <= l)] if l >= 4 else 1 for l in range(30)
+        )
+        for shares in ({4: 0.5}, {0: 0.9, 10: 0.4}, {2: 0.7, 3: 0.7, 29: 0.1}):
+            other = Schedule(30, shares, span=8).with_ratio(ratio)
+            assert list(other) == list(shares) and other.span == 8 and other.num_hidden_layers == 30
+            assert other.mean_share() == pytest.approx(mean / 30)
+            if min(other.values()) > 0.11:  # above what is protected
+                assert sum(other.alive(10**6)) / 30 / 10**6 == pytest.approx(mean / 30, rel=1e-4)
 
 
 def test_score():
