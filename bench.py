@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import cli
 import saliency
+from cli import clock
 from data import read_text
 from download import DEFAULT
-from eval_tasks import clock
 from model import Config, RoPE, Transformer, auto_dtype
 from sdtp import PruneHead, Schedule, fingerprint, generate, prefill
 from tokenizer import Tokenizer
@@ -88,16 +88,6 @@ PAPER_TABLE = {4: (72.51, 47.81), 8: (158.22, 102.01), 16: (369.22, 229.41), 32:
 # ---------------------------------------------------------------------------- FLOPs
 
 
-def linear_flops(config, rows):
-    """FLOPs of one block's matrix products without attention, for that many rows."""
-    d, width, kv_width = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-    return 2 * rows * (2 * d * width + 2 * d * kv_width + 3 * d * config.intermediate_size)
-
-
 def pairs(positions, window=None):
     """(query, key) pairs that causal attention over these ascending positions computes."""
     n = len(positions)
@@ -107,21 +97,20 @@ def pairs(positions, window=None):
     return int((torch.arange(n, device=positions.device) - first + 1).sum())
 
 
-def executed_flops(config, cache, schedule=None):
+def executed_flops(config, cache, heads=None):
     """(linear, attention, heads) FLOPs that a prefill ran, from the positions its cache holds (one prompt).
 
     GQA widths, causal (or windowed) pairs at 4 D Hq each, LM head on the last row, pruning heads on the
     rows that they scored.
     """
     alive = [layer.rows()[2] for layer in cache.layers]
-    linear = sum(linear_flops(config, len(p)) for p in alive) + 2 * config.vocab_size * config.hidden_size
+    linear = sum(config.linear_flops(len(p)) for p in alive) + 2 * config.vocab_size * config.hidden_size
     attention = sum(
         4 * config.head_dim * config.num_attention_heads * pairs(p, config.window(layer))
         for layer, p in enumerate(alive)
     )
-    per_row = 2 * config.hidden_size * (config.hidden_size // 4) + 4 * (config.hidden_size // 4)
-    heads = sum(per_row * (len(alive[layer - 1]) if layer else int(alive[0][-1]) + 1) for layer in schedule or ())
-    return linear, attention, heads
+    scored = {layer: len(alive[layer - 1]) if layer else int(alive[0][-1]) + 1 for layer in heads or ()}
+    return linear, attention, sum(heads[layer].flops(rows) for layer, rows in scored.items())
 
 
 def paper_flops(config, lengths):
@@ -396,7 +385,7 @@ def speed(seconds, dense):
 def work(model, ids, heads=None, schedule=None):
     """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too."""
     cache = prefill(model, ids, heads, schedule)[1]
-    linear, attention, head = executed_flops(model.config, cache, schedule)
+    linear, attention, head = executed_flops(model.config, cache, heads)
     alive = [lengths[0] for lengths in cache.seqlens()]
     return {
         "linear_flops": linear + head,

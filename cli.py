@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +75,13 @@ def keep_freed_memory():
         return
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks when that much is free at its end
+
+
+def clock(model):
+    """Seconds, after all queued work is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def at_least(minimum, config, *names):

@@ -7,6 +7,7 @@ into a training part and a held-out part that no run trains on.
 import hashlib
 import json
 import random
+from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -39,21 +40,28 @@ def prompt_text(config):
 
 
 def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
-    """(training Examples, held-out Examples) of pydoc, dolly, FILE.jsonl or FILE.txt.
+    """(training Examples, held-out Examples) of pydoc, made, dolly, FILE.jsonl, FILE.txt, or several of these with commas.
 
+    pydoc: windows of Python's manual; made: needles to find and sentences to copy in it.
     prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
     response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
     """
+    if "," in source:
+        how = (tokenizer, prompt_len, score_len, min_prompt, max_prompt)
+        parts = zip(*(load(part, *how) for part in source.split(",")))
+        return tuple([e for row in zip_longest(*part) for e in row if e] for part in parts)  # one of each in turn
     if source == "dolly" or source.endswith(".jsonl"):
         path = dolly_file() if source == "dolly" else source
         return tuple(
             row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path))
         )
-    if source != "pydoc" and not source.endswith(".txt"):
-        raise ValueError(f"--data {source}: choose pydoc, dolly, FILE.jsonl or FILE.txt")
+    if source not in ("pydoc", "made") and not source.endswith(".txt"):
+        raise ValueError(f"--data {source}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt, or several with commas")
     # Python's own manual, on every machine: sorted, as its order differs between versions
-    text = "\n".join(topics[name] for name in sorted(topics)) if source == "pydoc" else read_text(source)
+    text = read_text(source) if source.endswith(".txt") else "\n".join(topics[name] for name in sorted(topics))
     cut = int(len(text) * (1 - HELD_OUT))
+    if source == "made":
+        return tuple(made_examples(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
     return tuple(text_windows(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
 
 
@@ -127,6 +135,13 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
         if response:
             examples.append(Example(chat_prompt(body, tokenizer), response))
     return examples
+
+
+def made_examples(text, tokenizer, prompt_len, score_len, count=150):
+    """Needle and copy Examples of a text, one of each in turn."""
+    needles = needle_examples(text, tokenizer, prompt_len, count)
+    copies = copy_examples(text, tokenizer, prompt_len, count, score_len)
+    return [e for pair in zip(needles, copies) for e in pair]
 
 
 def read_rows(path):

@@ -6,23 +6,38 @@ python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's
 
 import math
 import statistics
-import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import bootstrap
 from tqdm import tqdm
 
 import cli
 import data
 import saliency
 import scorers
+from cli import clock
+from data import Example
 from download import DEFAULT
 from model import KVCache
-from sdtp import Schedule, prefill, protected_count
+from sdtp import Schedule, prefill, protected_count, select
 from tokenizer import Tokenizer
 
-METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")
+SCORERS = {  # training-free, at the stages of the heads
+    "most_recent": scorers.most_recent,
+    "norm": scorers.norm,
+    "last_attention": scorers.last_attention(),  # the last 8 tokens, mean over heads
+    "last_attention_w1": scorers.last_attention(1),
+    "last_attention_w32": scorers.last_attention(32),
+    "last_attention_max": scorers.last_attention(8, "max"),
+    "last_attention_best3": scorers.last_attention(8, 3),
+    "accumulated_attention": scorers.accumulated_attention,
+}
+PEERS = ("lazyllm", "fastkv", "gemfilter", "self_information")  # whole policies, at stages of their own
+METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
+KNOWN = (*METHODS, *SCORERS, *PEERS)
 
 
 @dataclass
@@ -32,7 +47,9 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
-    methods: str = ",".join(METHODS)  # in one run; floor: only the protected tokens stay
+    methods: str = ",".join(
+        METHODS
+    )  # in one run; NAME@16: with spans of 16 tokens; floor: only the protected tokens stay
     keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
@@ -69,11 +86,23 @@ def score(model, examples, rankers=None, schedule=None):
     return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds
 
 
-def clock(model):
-    """Seconds, after all queued work is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def policy(method, model, schedule, heads, generator):
+    """({layer: scorer}, Schedule) of a method NAME or NAME@SPAN, by default with the span of the schedule."""
+    name, _, span = method.partition("@")
+    layers, mean = len(model.layers), schedule.mean_share()
+    if name == "lazyllm":  # the last token's attention, dropping more and more
+        schedule, scorer = Schedule(layers).with_mean_share(mean), scorers.last_attention(1)
+    elif name == "fastkv":  # one cut in the middle by the last 8 tokens' attention, maximum over 7 neighbours
+        schedule, scorer = Schedule(layers, {layers // 2: 0.5}).with_mean_share(mean), scorers.last_attention(8, pool=7)
+    elif name == "self_information":
+        schedule, scorer = Schedule(layers, {0: mean}), None
+    elif name == "floor":
+        schedule, scorer = Schedule(layers, {min(schedule): 0.0}), scorers.most_recent
+    else:
+        scorer = scorers.random(generator) if name == "random" else SCORERS.get(name)
+    if name in PEERS or span:
+        schedule = Schedule(layers, schedule, span=int(span or 1))
+    return heads if name == "sdtp" else dict.fromkeys(schedule, scorer), schedule
 
 
 def perplexity(
@@ -84,7 +113,9 @@ def perplexity(
     loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1;
     mean_alive: share of the prompt alive, mean over layers; compression: its inverse (the paper's 1/tau);
     prefill_speedup: median over batches of dense seconds / method's seconds; at_floor: share of the examples
-    of which only the protected tokens are left at the last layer.
+    of which only the protected tokens are left at the last layer. low, high: 95 % bootstrap interval of ppl_diff
+    over the examples, paired; over_sdtp, over_sdtp_low, over_sdtp_high: ppl / sdtp's ppl - 1 likewise.
+    flops_share: block FLOPs of the prefill over dense's, a filtering pass included.
     ValueError for an unknown method or no example.
     """
     check_methods(methods)
@@ -92,68 +123,142 @@ def perplexity(
         raise ValueError("no prompt to evaluate on")
     if "sdtp" in methods and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
-    generator = torch.Generator().manual_seed(seed)
-    rankers = {
-        "sdtp": heads,
-        "random": dict.fromkeys(schedule, scorers.random(generator)),
-        "most_recent": dict.fromkeys(schedule, scorers.most_recent),
-        "last_attention": dict.fromkeys(schedule, scorers.last_attention()),
-        "floor": dict.fromkeys(schedule, scorers.most_recent),
-    }
-    floor = Schedule(len(model.layers), {min(schedule): 0.0})
     methods = list(dict.fromkeys(["dense", *methods]))
+    generator = torch.Generator().manual_seed(seed)
+    policies = {m: policy(m, model, schedule, heads, generator) for m in methods}
+    policies["dense"] = (None, None)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     results = {m: [] for m in methods}
     for batch in tqdm([batches[0], *batches], desc="perplexity", disable=None):  # the first run is a warm-up
-        if "teacher" in methods:
-            ids = torch.tensor([t for e in batch for t in e.prompt + e.response], device=model.device)
-            seqlens, starts = [len(e.prompt) + len(e.response) for e in batch], [len(e.prompt) for e in batch]
-            starts = starts if label_loss == "response" else None
-            labels = saliency.label(model, ids, list(schedule), teacher, seqlens, starts)
-            rankers["teacher"] = {layer: scorers.from_labels(s.split(seqlens)) for layer, s in labels.items()}
+        shared = {}  # what several methods rank by: computed once a batch
         for method in methods:
-            stages = {"dense": None, "floor": floor}.get(method, schedule)
-            results[method].append(score(model, batch, rankers.get(method), stages))
-    return [summary(method, results[method][1:], results["dense"][1:], examples) for method in methods]
+            rankers, stages = policies[method]
+            name, pruned = method.partition("@")[0], batch
+            if name in ("teacher", "self_information"):
+                if name not in shared:
+                    shared[name] = given_labels(name, model, batch, schedule, teacher, label_loss)
+                rankers = {layer: scorers.from_labels(shared[name][layer]) for layer in stages}
+            if name == "gemfilter":
+                pruned, rankers, stages = [gemfilter(model, e, schedule.mean_share()) for e in batch], None, None
+            results[method].append(score(model, pruned, rankers, stages))
+    table = {method: summary(method, model.config, results[method][1:], examples) for method in methods}
+    nats = {method: [n.sum().item() for r in results[method][1:] for n in r[0]] for method in methods}
+    dense_flops = table["dense"]["flops_share"]
+    for method, row in table.items():
+        row |= compare(row, nats[method], table["dense"], nats["dense"], ("ppl_diff", "low", "high"), examples)
+        row["loss_diff"] = row["loss"] - table["dense"]["loss"]
+        row["prefill_speedup"] = statistics.median(
+            d[2] / r[2] for d, r in zip(results["dense"][1:], results[method][1:])
+        )
+        row["flops_share"] /= dense_flops
+        if "sdtp" in methods:
+            fields = ("over_sdtp", "over_sdtp_low", "over_sdtp_high")
+            row |= compare(row, nats[method], table["sdtp"], nats["sdtp"], fields, examples)
+    return list(table.values())
 
 
-def summary(method, results, dense, examples):
-    """The table row of one method; results and dense: score() of each batch."""
-    loss, dense_loss = (torch.cat([nats for r in rs for nats in r[0]]).mean().item() for rs in (results, dense))
+def given_labels(name, model, batch, schedule, teacher, label_loss):
+    """{layer: (N,) scores by position for each example}: the teacher's at the schedule's layers, or self-information at 0."""
+    parts = [e.prompt + e.response if name == "teacher" else e.prompt for e in batch]
+    ids, seqlens = torch.tensor([t for part in parts for t in part], device=model.device), [len(p) for p in parts]
+    if name == "self_information":
+        return {0: scorers.self_information(model, ids, seqlens).split(seqlens)}
+    starts = [len(e.prompt) for e in batch] if label_loss == "response" else None
+    labels = saliency.label(model, ids, list(schedule), teacher, seqlens, starts)
+    return {layer: s.split(seqlens) for layer, s in labels.items()}
+
+
+GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
+
+
+def gemfilter(model, example, mean_share):
+    """GemFilter (Shi et al. 2024): the Example whose prompt is what a first pass through some layers has chosen, at new positions.
+
+    mean_share: compute of both passes together, in dense prefills; what the first leaves of it is kept of the prompt.
+    ValueError where it leaves nothing.
+    """
+    layers, n = len(model.layers), len(example.prompt)
+    depth = max(1, round(GEMFILTER_LAYER * layers))
+    share = mean_share - depth / layers
+    if share <= 0:
+        raise ValueError(
+            f"gemfilter: its first pass of {depth} of {layers} layers costs more than {mean_share:.2f} prefills"
+        )
+    ids = torch.tensor(example.prompt, device=model.device)
+    x, positions = model.embed(ids), model.positions([n])
+    with torch.no_grad():
+        for block in model.layers[:depth]:
+            x = block(x, positions, [n])
+        scores = scorers.last_query()(x, positions, [n], model.layers[depth])
+    keep, _ = select(scores, positions, share, [n], [n])
+    return Example(ids[keep].tolist(), example.response)
+
+
+def summary(method, config, results, examples):
+    """The table row of one method but for what compares it with others; results: score() of each batch."""
+    nats = torch.cat([n for r in results for n in r[0]])
     counts = [layers for r in results for layers in r[1]]  # per example
-    alive = sum(sum(c) / len(c) for c in counts) / sum(len(e.prompt) for e in examples)
+    prompt_tokens = sum(len(e.prompt) for e in examples)
+    alive = sum(sum(c) / len(c) for c in counts) / prompt_tokens
+    flops = sum(block_flops(config, n) for layers in counts for n in layers)
+    if method == "gemfilter":  # its first pass
+        depth = max(1, round(GEMFILTER_LAYER * config.num_hidden_layers))
+        flops += depth * sum(block_flops(config, len(e.prompt)) for e in examples)
+    loss = nats.mean().item()
     return {
         "method": method,
         "prompts": len(examples),
-        "prompt_tokens": sum(len(e.prompt) for e in examples),
-        "scored_tokens": sum(len(e.response) for e in examples),
+        "prompt_tokens": prompt_tokens,
+        "scored_tokens": len(nats),
         "loss": loss,
-        "loss_diff": loss - dense_loss,
         "ppl": math.exp(loss),
-        "ppl_diff": math.expm1(loss - dense_loss),
         "mean_alive": alive,
         "compression": 1 / alive,
+        "flops_share": flops,
         "at_floor": sum(c[-1] == protected_count(len(e.prompt)) for c, e in zip(counts, examples)) / len(examples),
-        "prefill_speedup": statistics.median(d[2] / r[2] for d, r in zip(dense, results)),
     }
+
+
+def block_flops(config, n):
+    """FLOPs of one block on n rows, causal attention (a window aside)."""
+    return config.linear_flops(n) + 2 * config.head_dim * config.num_attention_heads * n * (n + 1)
+
+
+def compare(row, nats, base, base_nats, fields, examples):
+    """{field: ppl / base's ppl - 1, low, high}: the 95 % percentile bootstrap interval over examples, paired."""
+
+    def difference(a, b, tokens, axis):
+        return np.expm1((a.sum(axis) - b.sum(axis)) / tokens.sum(axis))
+
+    low = high = value = math.expm1(row["loss"] - base["loss"])
+    if len(examples) > 1 and nats != base_nats:
+        samples = [np.array(v, dtype=float) for v in (nats, base_nats, [len(e.response) for e in examples])]
+        found = bootstrap(samples, difference, paired=True, n_resamples=2000, method="percentile", rng=0)
+        low, high = found.confidence_interval
+    return dict(zip(fields, (value, float(low), float(high))))
 
 
 def check_methods(methods):
     """ValueError for a method that is not one of METHODS."""
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r} (known: {', '.join(METHODS)})")
+    for method in methods:
+        name, _, span = method.partition("@")
+        if name not in KNOWN or (span and (not span.isdecimal() or int(span) < 1)):
+            raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
 
 
 def print_table(rows):
     """The rows of perplexity(), aligned."""
     print(
-        f"{'method':<15} {'loss':>7} {'diff':>7} {'ppl':>8} {'ppl diff':>9} {'mean alive':>11} {'1/tau':>6} {'prefill':>8}"
+        f"{'method':<24} {'loss':>7} {'ppl':>8} {'ppl diff':>9} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
+        f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
     )
     for r in rows:
+        over = "" if "over_sdtp" not in r else f"{r['over_sdtp']:+.1%}"
+        span = "" if "over_sdtp" not in r else f"[{r['over_sdtp_low']:+.1%}, {r['over_sdtp_high']:+.1%}]"
         print(
-            f"{r['method']:<15} {r['loss']:7.3f} {r['loss_diff']:+7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%}"
-            f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['prefill_speedup']:7.2f}x"
+            f"{r['method']:<24} {r['loss']:7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%} "
+            f"{'[{:+.1%}, {:+.1%}]'.format(r['low'], r['high']):>18} {over:>10} {span:>18} {r['mean_alive']:11.3f} "
+            f"{r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
             + " at the floor"
             * (r["at_floor"] == 1)
         )

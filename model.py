@@ -126,6 +126,11 @@ class Config:
             raise ValueError(f"sliding_window {self.sliding_window} is not supported")
         inverse_frequencies(self)  # refuses an unknown rope scaling now, not after the weights are read
 
+    def linear_flops(self, rows):
+        """FLOPs of one block's matrix products without attention, for that many rows."""
+        d, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        return 2 * rows * d * (2 * (heads + kv_heads) * self.head_dim + 3 * self.intermediate_size)
+
     def window(self, layer):
         """Sliding window of a layer in positions, or None."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None

@@ -41,6 +41,11 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
                        A token that sees only itself has entropy 0. Needs no loss.
     ValueError for an unknown teacher.
     """
+    return mark(model, ids, layers, teacher, seqlens, prompt_lens, checkpoint_blocks)[0]
+
+
+def mark(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False):
+    """label(), and the states that it labels: ({layer: (T,)}, {layer: (T, hidden_size)})."""
     if teacher not in TEACHERS:
         raise ValueError(f"unknown teacher {teacher!r} (known: {', '.join(TEACHERS)})")
     seqlens = [len(ids)] if seqlens is None else seqlens
@@ -52,11 +57,11 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
         loss = F.cross_entropy(model.logits(last[rows]).float(), ids[rows + 1], reduction="sum")
         gradients = torch.autograd.grad(loss, list(states.values()))
     wide = torch.float64 if last.dtype == torch.float64 else torch.float32
-    labels = {}
+    labels, states = {}, {layer: x.detach() for layer, x in states.items()}
     for (layer, x), gradient in zip(states.items(), gradients):
-        x, gradient = x.detach().to(wide), gradient.to(wide)
+        x, gradient = x.to(wide), gradient.to(wide)
         labels[layer] = gradient.norm(dim=-1) if teacher == "grad_norm" else (gradient * x).sum(-1).abs()
-    return labels
+    return labels, states
 
 
 def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False):
@@ -94,7 +99,7 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
 
 @torch.no_grad()
 def entropy_labels(model, ids, layers, seqlens, block=256):
-    """attention_entropy of label(), by blocks of query rows: never a whole T x T map."""
+    """attention_entropy of mark(), by blocks of query rows: never a whole T x T map."""
     states, _ = hidden_states(model, ids, layers, seqlens)
     positions, labels = model.positions(seqlens), {}
     for layer, x in states.items():
@@ -107,7 +112,7 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
                 entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
                 parts.append((1 - entropy).clamp(min=0))  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
-    return labels
+    return labels, states
 
 
 # ---------------------------------------------------------------------------- figures 1 and 2

@@ -87,23 +87,23 @@ class Schedule(dict):
         alive = min(self) + sum(share * (end - layer) for (layer, share), end in zip(self.items(), ends))
         return alive / self.num_hidden_layers
 
-    def with_ratio(self, ratio):
-        """A Schedule of the same stages and span with the mean_share() of the paper's stages at that ratio.
-
-        All shares are raised to one power: on the paper's own stages that gives ratio**s.
-        """
+    def with_mean_share(self, mean):
+        """A Schedule of the same stages and span with another mean_share(): all shares raised to one power."""
 
         def powered(power):
             shares = {layer: share**power for layer, share in self.items()}
             return Schedule(self.num_hidden_layers, shares, span=self.span)
 
-        layers = self.num_hidden_layers
-        target = Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share()
         low, high = 0.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if powered(middle).mean_share() > target else (low, middle)
+            low, high = (middle, high) if powered(middle).mean_share() > mean else (low, middle)
         return powered(low)
+
+    def with_ratio(self, ratio):
+        """with_mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
+        layers = self.num_hidden_layers
+        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share())
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
@@ -115,12 +115,21 @@ class Schedule(dict):
         return counts
 
 
+def span_means(scores, positions, span):
+    """((S,) mean score of each span with a row here, (T,) which of them each row is in).
+
+    positions: (T,) of one sequence; span i holds the positions span * i to span * (i + 1) - 1.
+    """
+    _, index, counts = torch.unique_consecutive(positions // span, return_inverse=True, return_counts=True)
+    return scores.new_zeros(len(counts)).index_add(0, index, scores) / counts, index
+
+
 def pool(scores, positions, span):
-    """The mean score of each row's span, (T,): the rows of one sequence alive in positions span * i to span * (i + 1) - 1."""
+    """(T,) the mean score of each row's span, over the rows of one sequence that are alive."""
     if span == 1:
         return scores
-    _, index, counts = torch.unique_consecutive(positions // span, return_inverse=True, return_counts=True)
-    return (scores.new_zeros(len(counts)).index_add(0, index, scores) / counts)[index]
+    means, index = span_means(scores, positions, span)
+    return means[index]
 
 
 def select(scores, positions, share, seqlens, prompt_lens, span=1):
@@ -151,25 +160,79 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
 # ---------------------------------------------------------------------------- the heads
 
 
+QUERIES, RANK = 32, 16  # of PruneHead's matches
+
+
 class PruneHead(nn.Module):
-    """Scores tokens by their hidden state: Linear(d/4 -> 2)(GELU(Linear(d -> d/4)(x))), paper eq. 1."""
+    """Scores tokens by their hidden state: Linear(d/4 -> 2)(GELU(Linear(d -> d/4)(x))), paper eq. 1.
 
-    def __init__(self, hidden_size):
+    Options, none of them the paper's, whose features join the hidden layer before its GELU:
+    divisor: the hidden layer has d / divisor units;
+    norm: x is layer-normed first;
+    position: logarithms of the distances to the end and to the beginning, their share and the prompt's length;
+    matches: products of rank 16 between each token and the last 32, that many of them, pooled over these by
+    maximum and log-mean-exp: a token's causal state cannot know a question that comes after it, but its end can.
+    """
+
+    def __init__(self, hidden_size, divisor=4, norm=False, position=False, matches=0):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, hidden_size // 4)
-        self.fc2 = nn.Linear(hidden_size // 4, 2)
+        self.options = {"divisor": divisor, "norm": norm, "position": position, "matches": matches}
+        self.norm, self.position, self.matches = norm, position, matches
+        width, features = hidden_size // divisor, 4 * position + 2 * matches
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, 2)
+        if features:
+            self.features = nn.Linear(features, width, bias=False)
+        if matches:
+            self.q_proj, self.k_proj = (nn.Linear(hidden_size, matches * RANK, bias=False) for _ in range(2))
 
-    def logits(self, x):
-        """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop."""
-        hidden = F.linear(
-            x, self.fc1.weight.to(x.dtype), self.fc1.bias.to(x.dtype)
-        )  # the large product, in the model's dtype
-        return self.fc2(F.gelu(hidden).float())
+    def logits(self, x, positions=None, seqlens=None):
+        """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop; positions, seqlens: see forward()."""
+        x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
+        hidden = linear(self.fc1, x).float()  # the large products, in the model's dtype
+        features = self.position_features(positions, seqlens) if self.position else []
+        features += self.match_features(x, seqlens) if self.matches else []
+        if features:
+            hidden = hidden + self.features(torch.cat(features, -1))
+        return self.fc2(F.gelu(hidden))
+
+    def position_features(self, positions, seqlens):
+        """[(T, 4)]: of each token of prompts whose last token is there, as it is at every stage."""
+        out = []
+        for p in positions.split(seqlens):
+            n = p[-1] + 1.0
+            out.append(torch.stack((((n - p).log()) / 8, (p + 1.0).log() / 8, p / n, n.log().expand(len(p)) / 8), -1))
+        return [torch.cat(out)]
+
+    def match_features(self, x, seqlens):
+        """[(T, 2 * matches)]: each token's products with the last tokens of its prompt, pooled over them."""
+        out = []
+        for keys, rows in zip(linear(self.k_proj, x).split(seqlens), x.split(seqlens)):
+            queries = linear(self.q_proj, rows[-QUERIES:]).unflatten(-1, (self.matches, RANK))
+            dots = torch.einsum("tmr,wmr->tmw", keys.unflatten(-1, (self.matches, RANK)), queries).float() * RANK**-0.5
+            out.append(torch.cat((dots.amax(-1), dots.logsumexp(-1) - math.log(len(queries))), -1))
+        return [torch.cat(out)]
+
+    def flops(self, rows):
+        """FLOPs of scoring that many tokens of one prompt."""
+        linears = [m for m in self.children() if m is not getattr(self, "q_proj", None)]
+        queries = min(QUERIES, rows) if self.matches else 0
+        q_proj = queries * self.q_proj.weight.numel() if self.matches else 0
+        products = rows * queries * self.matches * RANK
+        return 2 * (rows * sum(m.weight.numel() for m in linears) + q_proj + products)
 
     def forward(self, x, positions=None, seqlens=None, block=None):
-        """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32."""
-        keep, drop = self.logits(x).unbind(-1)
+        """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32.
+
+        positions: (T,), seqlens: rows of each of the packed prompts, for position and matches.
+        """
+        keep, drop = self.logits(x, positions, seqlens).unbind(-1)
         return keep - drop
+
+
+def linear(module, x):
+    """A Linear in x's dtype."""
+    return F.linear(x, module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
 
 def fingerprint(model):
@@ -209,6 +272,7 @@ def save_heads(folder, heads, model, schedule, **info):
         "sha256": hashlib.sha256(data).hexdigest(),
         "schedule": {str(layer): share for layer, share in schedule.items()},
         "span": schedule.span,
+        "head": next(iter(heads.values())).options,
         **info,
     }
     write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
@@ -227,7 +291,8 @@ def load_heads(folder, model):
         )
     try:
         schedule = Schedule(len(model.layers), meta["schedule"], span=meta.get("span", 1))
-        heads = {layer: PruneHead(model.config.hidden_size).requires_grad_(False) for layer in schedule}
+        options = meta.get("head", {})
+        heads = {layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule}
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
             raise ValueError("heads.safetensors is not the file that heads.json was written with")
@@ -237,7 +302,7 @@ def load_heads(folder, model):
             head.to(model.device)
         if tensors:
             raise ValueError(f"unexpected tensor {min(tensors)}")
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}"
         ) from None

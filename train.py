@@ -3,10 +3,11 @@
     python train.py                                # the default checkpoint on Python's own manual
     python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
+    python train.py --paper                        # the paper's stages, heads and losses
 
-Each step labels a batch of packed prompts with the teacher (saliency.py), runs the model once more
-with attention masked where the heads would drop a token, and trains the heads on (paper eq. 8)
-L = L_lm + L_mse + L_rank.
+Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of
+their tokens likewise, from the dense model's hidden states (L_list). With --paper it then runs the model once more
+with attention masked where the heads would drop a token, and trains them on (paper eq. 8) L = L_lm + L_mse + L_rank.
 """
 
 import hashlib
@@ -30,27 +31,38 @@ import saliency
 from download import DEFAULT
 from eval_tasks import METHODS, perplexity, print_table
 from model import read_json, visible
-from sdtp import PruneHead, Schedule, alive_count, fingerprint, is_protected, protected_count, save_heads, write_atomic
+from sdtp import (
+    PruneHead, Schedule, alive_count, fingerprint, is_protected, pool, protected_count, save_heads, span_means, write_atomic,
+)  # fmt: skip
 from tokenizer import Tokenizer
 
 
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # pydoc, dolly, FILE.jsonl or FILE.txt (default: pydoc with the default checkpoint, else dolly)
+    data: str = ""  # pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: pydoc with the default checkpoint, else dolly)
     out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
     resume: bool = False  # go on with the run in out_dir
+    paper: bool = False  # the paper's recipe instead of ours: see PAPER in train.py for the flags that it sets
     # the method
     first_layer: int = 4  # first stage (layers count from 0)
     step: int = 3  # layers from stage to stage
-    stages: int = 10  # stages at most, as many as fit
-    ratio: float = 0.9  # share kept at each stage
+    stages: int = 1  # stages at most, as many as fit
+    ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
+    span: int = 8  # neighbouring tokens scored, kept and dropped together
+    # the heads
+    divisor: int = 4  # their hidden layer has hidden_size / divisor units
+    norm: bool = True  # layer-norm the state
+    position: bool = True  # they know where in the prompt a token is
+    matches: int = 8  # products with the prompt's last tokens that they see
     teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = "response"  # the loss of the gradient teachers: over the response, or all next tokens
     # the losses
-    lm_weight: float = 0.1  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
-    mse_weight: float = 1.0  # weight of L_mse
-    rank_weight: float = 1.0  # weight of L_rank
+    list_weight: float = 1.0  # weight of L_list
+    list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
+    lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
+    mse_weight: float = 0.0  # weight of L_mse
+    rank_weight: float = 0.0  # weight of L_rank
     rank_reduction: str = "mean"  # of L_rank over pairs: mean, or sum as eq. 6 is printed
     rank_pairs: int = 1_000_000  # pairs sampled where a prompt has more
     distill: bool = False  # add KL(dense || pruned) on the response to L_lm
@@ -62,9 +74,11 @@ class TrainConfig:
     min_prompt: int = 64  # rows: shorter prompts are left out
     max_prompt: int = 1024  # rows: longer prompts are left out
     max_prompts: int = 0  # training prompts (0: all)
-    label_cache: str = ""  # folder in which labels are kept between epochs and runs
+    label_cache: str = (
+        ""  # folder in which labels and states are kept between epochs and runs (default, for epochs: in out_dir)
+    )
     # the optimisation
-    epochs: int = 1  # passes over the training prompts (the paper: 2)
+    epochs: int = 4  # passes over the training prompts (the paper: 2), which are marked once
     batch_tokens: int = 1024  # tokens packed into one forward
     accumulate: int = 1  # batches per step
     lr: float = 2e-3  # peak learning rate of AdamW
@@ -81,6 +95,10 @@ class TrainConfig:
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
 
 
+PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "epochs": 1,
+    "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
+}  # fmt: skip
 NOT_THE_RUN = ("out_dir", "resume", "json")  # flags that may differ between runs of equal outcome
 
 
@@ -148,6 +166,14 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
     return torch.where(free, keep, 1.0) * alive
 
 
+def prompt_logits(head, x, seqlens, prompt_lens):
+    """(T, 2) head logits of the prompts' tokens, which are all that a head sees; 0 for the responses'."""
+    parts = [rows[:n] for rows, n in zip(torch.arange(len(x), device=x.device).split(seqlens), prompt_lens)]
+    rows, positions = torch.cat(parts), torch.cat([torch.arange(n, device=x.device) for n in prompt_lens])
+    scored = head.logits(x[rows], positions, list(prompt_lens))
+    return scored.new_zeros(len(x), 2).index_copy(0, rows, scored)
+
+
 def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False):
     """The pruned model of training: no token is removed, dropped ones are hidden from the others.
 
@@ -157,7 +183,7 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
     x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
     for layer, block in enumerate(model.layers):
         if layer in heads:
-            logits[layer] = heads[layer].logits(x)
+            logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
             share = None if schedule is None else schedule[layer]
             masks[layer] = alive = stage_mask(logits[layer], alive, free, seqlens, prompt_lens, share, tau)
@@ -192,32 +218,44 @@ def rank_loss(scores, labels, reduction="mean", max_pairs=1_000_000):
     return mean * pairs if reduction == "sum" else mean
 
 
-def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
-    """(L_mse, L_rank, top-k overlap) of the heads with their labels, over the tokens that may be dropped.
+def list_loss(scores, labels, power=0.5):
+    """-sum_i t_i log softmax(scores)_i with t = labels^power / their sum, over the spans of one prompt (ListNet, Cao et al. 2007).
 
-    L_mse: between softmax(pi)[keep] and saliency / its maximum per stage and prompt, mean over tokens and
-    stages. L_rank: mean over pairs, summed over stages. Both: mean over prompts. Overlap: of the tokens
-    that the heads would keep with those that the labels would, dropped ones ranked too.
+    scores, labels: (S,). At power 1 t is each span's share of all that matters, at 0 all spans are alike.
     """
-    mse, rank, overlap = [], [], []
+    target = (labels / labels.max().clamp(min=1e-30)) ** power
+    return -(target / target.sum().clamp(min=1e-30) * scores.log_softmax(-1)).sum()
+
+
+def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
+    """{"list": L_list, "mse": L_mse, "rank": L_rank, "overlap": ...} of the heads with their labels, over the tokens that may be dropped.
+
+    L_list: list_loss() of the spans' means. L_mse: between softmax(pi)[keep] and saliency / its maximum, mean over
+    tokens. L_rank: mean over pairs. The first and the last are summed over stages, L_mse is their mean; all: mean over
+    prompts. A loss of weight 0 is left out. Overlap: of the tokens that the heads would keep with those that the
+    labels would, dropped ones ranked too.
+    """
+    terms = {"list": [], "mse": [], "rank": [], "overlap": []}
     for layer, pi in logits.items():
         parts = zip(pi.split(seqlens), labels[layer].split(seqlens), free.split(seqlens), prompt_lens)
         for pi_row, label, may_drop, n in parts:
-            pi_row, label = pi_row[may_drop], label[may_drop]
+            pi_row, label, positions = pi_row[may_drop], label[may_drop], may_drop.nonzero()[:, 0]
             if not len(label):
                 continue
             score = pi_row[:, 0] - pi_row[:, 1]
-            mse.append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
-            rank.append(rank_loss(score, label, config.rank_reduction, config.rank_pairs))
+            if config.list_weight:
+                means = (span_means(values, positions, schedule.span)[0] for values in (score, label))
+                terms["list"].append(list_loss(*means, config.list_power) * len(logits))
+            if config.mse_weight:
+                terms["mse"].append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
+            if config.rank_weight:
+                loss = rank_loss(score, label, config.rank_reduction, config.rank_pairs)
+                terms["rank"].append(loss * len(logits))
             count = alive_count(n, schedule[layer]) - protected_count(n)
             if count:
-                best = torch.isin(score.topk(count).indices, label.topk(count).indices)
-                overlap.append(best.float().mean())
-    return (
-        torch.stack(mse).mean(),
-        torch.stack(rank).mean() * len(logits),
-        torch.stack(overlap or [torch.zeros(())]).mean(),
-    )
+                best = (pool(v.detach(), positions, schedule.span).topk(count).indices for v in (score, label))
+                terms["overlap"].append(torch.isin(*best).float().mean())
+    return {name: torch.stack(values).mean() for name, values in terms.items() if values}
 
 
 def recompute(model, config):
@@ -227,27 +265,35 @@ def recompute(model, config):
 
 def losses(model, heads, batch, schedule, config):
     """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
-    ids, seqlens, prompt_lens, labels = batch
+    ids, seqlens, prompt_lens, labels, states = batch
     positions = model.positions(seqlens)
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
+    if not (config.lm_weight or config.distill):  # imitation alone: heads read the dense states
+        logits = {layer: prompt_logits(head, states[layer], seqlens, prompt_lens) for layer, head in heads.items()}
+        terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
+        return {"loss": weighted(terms, config), **terms}, {}
     held = schedule if config.hold_share else None
     x, logits, masks = masked_forward(
         model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute(model, config)
     )
-    mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
-    lm = F.nll_loss(log_probs, ids[rows + 1])
-    terms = {"lm": lm, "mse": mse, "rank": rank, "overlap": overlap}
-    loss = config.lm_weight * lm + config.mse_weight * mse + config.rank_weight * rank
+    terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}
+    terms |= head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     if config.distill:
         with torch.no_grad():
             _, dense = saliency.hidden_states(model, ids, (), seqlens)
             target = model.logits(dense[rows]).float().log_softmax(-1)
         terms["distill"] = F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
-        loss = loss + config.lm_weight * terms["distill"]
     alive = {layer: mask[free].mean().item() for layer, mask in masks.items()}
-    return {"loss": loss, **terms}, alive
+    return {"loss": weighted(terms, config), **terms}, alive
+
+
+def weighted(terms, config):
+    """The sum of the losses by their weights; distillation goes by L_lm's."""
+    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")}
+    weights["distill"] = config.lm_weight
+    return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
 
 # ---------------------------------------------------------------------------- labels and batches
@@ -270,32 +316,40 @@ def make_batches(examples, config):
 
 
 def pack(model, examples, schedule, config):
-    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}) of a list of examples."""
+    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}, {layer: dense states (T, hidden_size)}) of a list of examples."""
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
     ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
     layers = list(schedule)
     starts = prompt_lens if config.label_loss == "response" else None
 
     def compute():
-        return saliency.label(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
+        return saliency.mark(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
 
     if not config.label_cache:
-        return ids, seqlens, prompt_lens, compute()
-    # A batch whose prompts are all in the cache costs no pass; otherwise the batch is labelled whole.
-    run = [fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss, layers]
+        return ids, seqlens, prompt_lens, *compute()
+    # A batch whose prompts are all in the cache costs no pass; otherwise the batch is marked whole.
+    run = [
+        "labels and states",
+        fingerprint(model),
+        str(model.norm.weight.dtype),
+        config.teacher,
+        config.label_loss,
+        layers,
+    ]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):
-        parts = zip(*(s.cpu().split(seqlens) for s in compute().values()))  # per prompt, its stages
-        for path, stages in zip(paths, parts):
-            write_atomic(path, safetensors.torch.save({"labels": torch.stack(stages)}))
+        marked = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in compute()]  # per prompt, its stages
+        for path, labels, states in zip(paths, *marked):
+            write_atomic(path, safetensors.torch.save({"labels": labels.contiguous(), "states": states.contiguous()}))
     try:
-        labels = torch.cat([safetensors.torch.load_file(path)["labels"] for path in paths], dim=1).to(ids.device)
+        files = [safetensors.torch.load_file(path) for path in paths]
     except SafetensorError as error:
         raise ValueError(
             f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder"
         ) from None
-    return ids, seqlens, prompt_lens, dict(zip(layers, labels))
+    marked = (torch.cat([f[name] for f in files], 1).to(ids.device) for name in ("labels", "states"))
+    return ids, seqlens, prompt_lens, *(dict(zip(layers, stages)) for stages in marked)
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -378,7 +432,7 @@ def draw_losses(history, path):
     """The loss terms, the top-k overlap and the share alive at the last stage against the step."""
     import matplotlib.pyplot as plt
 
-    names = [n for n in ("loss", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
+    names = [n for n in ("loss", "list", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.8))
     for axis, name in zip(axes, names):
         axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
@@ -395,12 +449,11 @@ def draw_predictions(model, heads, examples, schedule, config, path):
 
     points = {layer: [] for layer in schedule}
     for example in examples[:8]:
-        ids, seqlens, prompt_lens, labels = pack(model, [example], schedule, config)
-        states, _ = saliency.hidden_states(model, ids, list(schedule), seqlens)
-        n = prompt_lens[0]
-        free = ~is_protected(torch.arange(n, device=ids.device), n)
+        _, _, (n,), labels, states = pack(model, [example], schedule, config)
+        positions = torch.arange(n, device=model.device)
+        free = ~is_protected(positions, n)
         for layer, x in states.items():
-            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n][free])))
+            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n], positions, [n])[free]))
             points[layer].append(both.argsort(-1).argsort(-1) / both.shape[1])
     figure, axes = plt.subplots(1, len(points), figsize=(2.4 * len(points), 2.8), sharey=True, squeeze=False)
     for axis, (layer, parts) in zip(axes[0], points.items()):
@@ -426,10 +479,10 @@ def learning_rate(step, steps, config):
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def new_head(model):
-    """A PruneHead whose scores start at 0: hidden states are large (rms 5 to 27 in SmolLM2), and random
+def new_head(model, config):
+    """A PruneHead by the flags, whose scores start at 0: hidden states are large (rms 5 to 27 in SmolLM2), and random
     scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
-    head = PruneHead(model.config.hidden_size)
+    head = PruneHead(model.config.hidden_size, config.divisor, config.norm, config.position, config.matches)
     torch.nn.init.zeros_(head.fc2.weight)
     return head.to(model.device)
 
@@ -450,7 +503,7 @@ def train_step(model, heads, optimizer, batches, schedule, config):
         raise ValueError(f"the loss is {record['loss']} ({record}): lower --lr, or look at --tau and the weights")
     record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters(heads).values(), config.grad_clip).item()
     optimizer.step()
-    return record | {"alive": record[f"alive_{max(alive)}"]}
+    return record | ({"alive": record[f"alive_{max(alive)}"]} if alive else {})
 
 
 def train(model, heads, examples, schedule, config):
@@ -476,9 +529,12 @@ def train(model, heads, examples, schedule, config):
         prompts += sum(map(len, groups[step]))
         seconds = time.perf_counter() - begin
         eta = seconds / (step + 1 - first) * (steps - step - 1)
-        shown = " ".join(f"{name} {record[name]:.3f}" for name in ("lm", "mse", "rank", "distill") if name in record)
+        shown = " ".join(
+            f"{name} {record[name]:.3f}" for name in ("list", "lm", "mse", "rank", "distill") if name in record
+        )
+        shown += f" | alive {record['alive']:.2f}" if "alive" in record else ""
         print(
-            f"step {step + 1}/{steps} | loss {record['loss']:.3f} {shown} | alive {record['alive']:.2f} | top-k overlap {record['overlap']:.2f}"
+            f"step {step + 1}/{steps} | loss {record['loss']:.3f} {shown} | top-k overlap {record['overlap']:.2f}"
             f" | {seconds / prompts * 1000:.0f} ms/prompt | peak {peak_memory(config.device) / 2**30:.1f} GiB | eta {eta // 60:.0f}:{eta % 60:02.0f}",
             flush=True,
         )
@@ -519,8 +575,10 @@ def check_flags(config):
         "rank_pairs",
         "score_len",
         "eval_prompts",
+        "span",
+        "divisor",
     )
-    cli.at_least(0, config, "first_layer", "max_prompts")
+    cli.at_least(0, config, "first_layer", "max_prompts", "matches", "list_power")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
 
@@ -546,15 +604,18 @@ def main():
     config = cli.parse(TrainConfig, __doc__)
     if config.resume:
         saved_flags(config)
+    for name, value in PAPER.items() if config.paper else ():
+        setattr(config, name, value)
     check_flags(config)
+    if config.epochs > 1 and not config.label_cache:
+        config.label_cache = str(Path(config.out_dir) / "labels")
     config.data = config.data or ("pydoc" if Path(config.ckpt).name == DEFAULT else "dolly")
     model, folder = cli.load_model(config)
-    schedule = Schedule(
-        len(model.layers), first_layer=config.first_layer, step=config.step, stages=config.stages, ratio=config.ratio
-    )
+    stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
+    schedule = Schedule(len(model.layers), **stages).with_ratio(config.ratio)
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
-    heads = {layer: new_head(model) for layer in schedule}
+    heads = {layer: new_head(model, config) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
     out = Path(config.out_dir)

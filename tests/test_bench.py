@@ -55,7 +55,7 @@ def test_executed_flops_equal_torchs_counter(stages):
         model.logits(x[-1:])
     counted = counter.get_flop_counts()["Global"]
     products = sum(v for op, v in counted.items() if "bmm" in str(op))
-    linear, attention, head = executed_flops(model.config, cache, schedule)
+    linear, attention, head = executed_flops(model.config, cache, heads)
     assert linear + head == sum(counted.values()) - products
     assert products == sum(4 * 8 * 4 * m * m for m in alive)
     assert attention == sum(4 * 8 * 4 * m * (m + 1) // 2 for m in alive)
@@ -69,7 +69,7 @@ def test_windowed_flops():
     _, cache = prefill(model, tiny.ids(n), {1: scorers.random(torch.Generator().manual_seed(0))}, schedule)
     kept = cache[1].rows()[2].tolist()
     expected = n * (n + 1) // 2 + 2 * sum(0 <= i - j < 7 for i in kept for j in kept)
-    assert executed_flops(model.config, cache, schedule)[1] == 4 * 8 * 4 * expected
+    assert executed_flops(model.config, cache)[1] == 4 * 8 * 4 * expected
 
 
 def test_paper_table():

@@ -126,7 +126,7 @@ def test_chat_template(tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("nope", "choose pydoc, dolly"),
+        ("nope", "choose pydoc, made, dolly"),
         ("missing.txt", "missing.txt does not exist"),
         ("missing.jsonl", "missing.jsonl does not exist"),
     ],

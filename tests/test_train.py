@@ -30,6 +30,11 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def paper(**flags):
+    """The flags of --paper, others as given."""
+    return TrainConfig(**(train.PAPER | flags))
+
+
 # ---------------------------------------------------------------------------- the masked forward
 
 
@@ -135,7 +140,7 @@ def test_lm_gradient_by_the_mask_equals_loop(fields, monkeypatch):
 
 def test_lm_gradient_reaches_the_heads():
     """With real Gumbel masks, L_lm alone moves every stage's head; --checkpoint_blocks gives the same gradients."""
-    model, config = tiny.build(torch.float32), TrainConfig(mse_weight=0.0, rank_weight=0.0)
+    model, config = tiny.build(torch.float32), paper(mse_weight=0.0, rank_weight=0.0)
     heads, gradients = {1: PruneHead(32), 2: PruneHead(32)}, []
     for again in (False, True):
         config.checkpoint_blocks = again
@@ -230,7 +235,9 @@ def test_head_losses_equal_loops():
     logits, labels = stage_tensors(seqlens, schedule)
     labels[4][30:] *= 100  # another scale per prompt and stage
     free = free_tokens(seqlens, prompt_lens)
-    mse, rank, overlap = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, TrainConfig())
+    got = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, paper())
+    mse, rank, overlap = (got.pop(name) for name in ("mse", "rank", "overlap"))
+    assert not got
     squares, ranks, overlaps = [], [], []
     for layer in schedule:
         for start, n in ((0, 24), (30, 44)):
@@ -253,16 +260,18 @@ def test_protected_and_response_tokens_never_enter():
     seqlens, prompt_lens, schedule = [30, 50], [24, 44], Schedule(9, {4: 0.8, 7: 0.5})
     logits, labels = stage_tensors(seqlens, schedule)
     free = free_tokens(seqlens, prompt_lens)
-    before = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, TrainConfig())
+    config = paper(list_weight=1.0)
+    before = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     other_logits, other_labels = stage_tensors(seqlens, schedule, seed=50)
     changed = {
         layer: torch.where(free[:, None], logits[layer], 30 * other_logits[layer]).detach().requires_grad_()
         for layer in schedule
     }
     moved = {layer: torch.where(free, labels[layer], 1e6 * other_labels[layer]) for layer in schedule}
-    after = head_losses(changed, moved, free, seqlens, prompt_lens, schedule, TrainConfig())
-    assert all(map(torch.equal, before, after))
-    (after[0] + after[1]).backward()
+    after = head_losses(changed, moved, free, seqlens, prompt_lens, schedule, config)
+    assert before.keys() == after.keys() == {"list", "mse", "rank", "overlap"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (after["list"] + after["mse"] + after["rank"]).backward()
     for pi in changed.values():
         assert (pi.grad[~free] == 0).all() and (pi.grad[free] != 0).any(dim=-1).all()
 
@@ -271,7 +280,7 @@ def batch(model, seqlens=(26, 34), prompt_lens=(20, 30), layers=(1, 2)):
     examples = [
         Example(tiny.ids(n, seed=n).tolist(), tiny.ids(t - n, seed=t).tolist()) for t, n in zip(seqlens, prompt_lens)
     ]
-    return pack(model, examples, dict.fromkeys(layers), TrainConfig(teacher="grad_norm"))
+    return pack(model, examples, dict.fromkeys(layers), paper(teacher="grad_norm"))
 
 
 def forced(keep):
@@ -298,7 +307,7 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
         forced(keep=False),
         data,
         schedule,
-        TrainConfig(hold_share=False, lm_weight=3.0, mse_weight=5.0, rank_weight=7.0),
+        paper(hold_share=False, lm_weight=3.0, mse_weight=5.0, rank_weight=7.0),
     )
     kept = [*range(4), *range(18, 26), *(26 + i for i in (*range(4), *range(27, 34)))]
     for mask in seen["masks"].values():
@@ -337,9 +346,9 @@ def test_distill_is_the_kl_divergence():
     model, schedule, config = (
         tiny.build(torch.float32),
         Schedule(3, {1: 0.8, 2: 0.5}),
-        TrainConfig(hold_share=False, distill=True, lm_weight=2.0),
+        paper(hold_share=False, distill=True, lm_weight=2.0),
     )
-    data = ids, seqlens, prompt_lens, _ = batch(model)
+    data = ids, seqlens, prompt_lens, *_ = batch(model)
     terms, alive = losses(model, forced(keep=True), data, schedule, config)
     assert alive == {1: 1.0, 2: 1.0} and abs(terms["distill"].item()) < 1e-6
     pruned, _ = losses(model, forced(keep=False), data, schedule, config)
@@ -362,7 +371,7 @@ def test_make_batches():
     """Batches hold at most batch_tokens (or one longer prompt), every example once per epoch, in a seeded order."""
     sizes = torch.randint(10, 90, (40,), generator=torch.Generator().manual_seed(0)).tolist() + [500]
     examples = [Example([i] * (n - 3), [i] * 3) for i, n in enumerate(sizes)]
-    config = TrainConfig(epochs=3, batch_tokens=200, seed=4)
+    config = paper(epochs=3, batch_tokens=200, seed=4)
     batches = make_batches(examples, config)
     flat = [e.prompt[0] for b in batches for e in b]
     epochs = [flat[i : i + 41] for i in range(0, len(flat), 41)]
@@ -371,15 +380,13 @@ def test_make_batches():
     assert all(len(b) == 1 or sum(sizes[e.prompt[0]] for e in b) <= 200 for b in batches)
     assert len(batches) < 3 * sum(sizes) / 120  # and they are filled
     assert (
-        make_batches(examples, config)
-        == batches
-        != make_batches(examples, TrainConfig(epochs=3, batch_tokens=200, seed=9))
+        make_batches(examples, config) == batches != make_batches(examples, paper(epochs=3, batch_tokens=200, seed=9))
     )
 
 
 def test_learning_rate():
     """Linear warm-up to lr, then a cosine to a tenth: its end points, its middle, and no step up."""
-    config, steps = TrainConfig(lr=0.5, warmup=0.1), 200
+    config, steps = paper(lr=0.5, warmup=0.1), 200
     rates = [train.learning_rate(s, steps, config) for s in range(steps)]
     assert rates[:20] == pytest.approx([0.5 * (s + 1) / 20 for s in range(20)])
     assert rates[20] == 0.5 and rates[110] == pytest.approx(0.5 * 0.55) and rates[-1] == pytest.approx(0.05, abs=1e-3)
@@ -389,21 +396,21 @@ def test_learning_rate():
 
 def test_label_cache(tmp_path, monkeypatch):
     """Cached labels are the computed ones and cost no pass; other layers, teachers and texts have their own."""
-    model, config = tiny.build(torch.float32), TrainConfig(label_cache=str(tmp_path))
+    model, config = tiny.build(torch.float32), paper(label_cache=str(tmp_path))
     examples = [Example(tiny.ids(n).tolist(), [5, 6, 7]) for n in (12, 20)]
-    plain = pack(model, examples, {1: 0.5, 2: 0.4}, TrainConfig())
-    passes, label = [], saliency.label
-    monkeypatch.setattr(saliency, "label", lambda *args: passes.append(1) or label(*args))
+    plain = pack(model, examples, {1: 0.5, 2: 0.4}, paper())
+    passes, mark = [], saliency.mark
+    monkeypatch.setattr(saliency, "mark", lambda *args: passes.append(1) or mark(*args))
 
     def same(a, b):
-        assert torch.equal(a[0], b[0]) and a[1:3] == b[1:3] and a[3].keys() == b[3].keys()
-        return all(torch.equal(a[3][layer], b[3][layer]) for layer in a[3])
+        assert torch.equal(a[0], b[0]) and a[1:3] == b[1:3] and a[3].keys() == b[3].keys() == a[4].keys() == b[4].keys()
+        return all(torch.equal(x[layer], y[layer]) for x, y in zip(a[3:], b[3:]) for layer in x)
 
     assert same(pack(model, examples, {1: 0.5, 2: 0.4}, config), plain) and len(passes) == 1
     assert same(pack(model, examples, {1: 0.5, 2: 0.4}, config), plain) and len(passes) == 1
     one = pack(model, examples[1:], {1: 0.5, 2: 0.4}, config)
     assert len(passes) == 1 and torch.equal(one[3][2], plain[3][2][15:])
-    assert same(pack(model, examples, {0: 0.5, 2: 0.4}, config), pack(model, examples, {0: 0.5, 2: 0.4}, TrainConfig()))
+    assert same(pack(model, examples, {0: 0.5, 2: 0.4}, config), pack(model, examples, {0: 0.5, 2: 0.4}, paper()))
     config.teacher = "grad_x_input"
     for another in (
         model,
@@ -420,6 +427,7 @@ def test_label_cache(tmp_path, monkeypatch):
 FLAGS = (
     "--dtype float32 --device cpu --first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80"
     " --checkpoint_every 10 --epochs 2 --eval_prompts 2 --accumulate 2 --rank_pairs 40"
+    " --stages 2 --span 3 --matches 2 --lm_weight 0.1 --mse_weight 1 --rank_weight 1"
 )
 
 
@@ -460,7 +468,7 @@ def test_run_writes_everything(world):
     assert not (out / "checkpoint.safetensors").exists()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == list(range(1, len(log) + 1)) and len(log) > 40
-    assert {"loss", "lm", "mse", "rank", "overlap", "alive", "alive_1", "alive_2"} <= log[0].keys()
+    assert {"loss", "list", "lm", "mse", "rank", "overlap", "alive", "alive_1", "alive_2"} <= log[0].keys()
     rows = json.loads((out / "eval.json").read_text())
     assert [r["method"] for r in rows] == [
         "dense",
@@ -473,10 +481,66 @@ def test_run_writes_everything(world):
     ]
     assert {"commit", "command", "versions", "machine", "seed", "source"} <= rows[0].keys()
     meta = json.loads((out / "heads" / "heads.json").read_text())
-    assert (
-        meta["schedule"] == {"1": 0.9, "2": pytest.approx(0.81)}
-        and {"fingerprint", "teacher", "data", "commit", "seed"} <= meta.keys()
+    assert list(meta["schedule"]) == ["1", "2"] and meta["span"] == 3 and meta["head"]["matches"] == 2
+    assert 1 + sum(meta["schedule"].values()) == pytest.approx(
+        2.9
+    )  # as much alive as the one stage of r = 0.9 that fits
+    assert {"fingerprint", "teacher", "data", "commit", "seed"} <= meta.keys()
+
+
+@pytest.mark.parametrize("recipe", [[], ["--paper"]], ids=["ours", "paper"])
+def test_recipes(world, monkeypatch, recipe):
+    """The default trains by imitation alone, each prompt marked once for all epochs; --paper by the paper's losses on its heads."""
+    flags = (
+        f"--ckpt {world}/tiny --data {world}/text.txt --out_dir {world}/recipe --dtype float32 --first_layer 1 --step 1"
     )
+    flags += " --prompt_len 30 --score_len 8 --batch_tokens 80 --max_prompts 6 --eval_prompts 1"
+    marked, mark = [], saliency.mark
+    monkeypatch.setattr(saliency, "mark", lambda model, ids, *rest: marked.append(len(ids)) or mark(model, ids, *rest))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), *recipe])
+    cli.run(train.main)
+    log = [json.loads(line) for line in (world / "recipe" / "log.jsonl").read_text().splitlines()]
+    meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
+    if recipe:
+        assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
+        assert meta["head"] == {"divisor": 4, "norm": False, "position": False, "matches": 0} and meta["span"] == 1
+    else:
+        assert "list" in log[0] and not {"lm", "mse", "rank", "alive"} & log[0].keys() and len(log) == 12
+        assert 6 * 38 < sum(marked) < 2 * 6 * 38 and len(meta["schedule"]) == 1
+
+
+def test_list_loss():
+    """L_list by hand, and its minimum where the scores are the logarithms of the targets."""
+    scores, labels = random(5), torch.tensor([3.0, 0.0, 12.0, 0.75, 6.0], dtype=torch.float64)
+    targets = (labels**0.5).tolist()
+    total = sum(math.exp(s) for s in scores.tolist())
+    by_hand = -sum(t / sum(targets) * math.log(math.exp(s) / total) for t, s in zip(targets, scores.tolist()))
+    assert train.list_loss(scores, labels).item() == pytest.approx(by_hand)
+    best = (labels.clamp(min=1e-12) ** 0.5).log().requires_grad_()
+    train.list_loss(best, labels).backward()
+    assert best.grad.abs().max() < 1e-5 and train.list_loss(scores, labels) > train.list_loss(best, labels)
+
+
+def test_imitation_reads_dense_states_of_prompts_alone():
+    """Without L_lm the heads score the dense model's prompt rows, as prefill would at the first stage, and masks are not drawn."""
+    model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.6, 2: 0.5}, span=4)
+    torch.manual_seed(0)
+    heads = {layer: PruneHead(32, norm=True, position=True, matches=2) for layer in schedule}
+    data = ids, seqlens, prompt_lens, labels, _ = batch(model)
+    terms, alive = losses(model, heads, data, schedule, TrainConfig())
+    assert alive == {} and terms.keys() == {"loss", "list", "overlap"}
+    states, _ = saliency.hidden_states(model, ids, (1, 2), seqlens)
+    expected = 0.0
+    for start, n in ((0, 20), (26, 30)):
+        free = range(4, n - keep_count(n, 0.1))
+        for layer, head in heads.items():
+            score = head(states[layer][start : start + n], torch.arange(n), [n]).detach()
+            spans = sorted({p // 4 for p in free})
+            members = [[p for p in free if p // 4 == s] for s in spans]
+            means = torch.stack([score[m].mean() for m in members])
+            target = torch.stack([labels[layer][start : start + n][m].mean() for m in members])
+            expected += train.list_loss(means, target).item() / 2
+    assert terms["list"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
@@ -553,7 +617,7 @@ def test_base_weights_stay(tmp_path):
     old = {k: v.clone() for k, v in train.parameters(heads).items()}
     before = {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
     examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in range(30, 40)]
-    config = TrainConfig(batch_tokens=100, out_dir=str(tmp_path), lr=0.01, epochs=4)
+    config = paper(batch_tokens=100, out_dir=str(tmp_path), lr=0.01, epochs=4)
     history = train.train(model, heads, examples, schedule, config)
     assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
     assert all(p.grad is None for p in model.parameters())
@@ -566,7 +630,7 @@ def test_accumulation_equals_one_mean():
     model, schedule, config = (
         tiny.build(torch.float32),
         Schedule(3, {1: 0.8, 2: 0.5}),
-        TrainConfig(hold_share=False, accumulate=2, grad_clip=1e9),
+        paper(hold_share=False, accumulate=2, grad_clip=1e9),
     )
     examples = [Example(tiny.ids(n).tolist(), tiny.ids(4, seed=n).tolist()) for n in (20, 30)]
     heads = forced(keep=True)  # no draw can change what is kept
