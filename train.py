@@ -315,19 +315,20 @@ def make_batches(examples, config):
     return batches
 
 
-def pack(model, examples, schedule, config):
-    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}, {layer: dense states (T, hidden_size)}) of a list of examples."""
+def mark(model, examples, layers, config):
+    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}, {layer: dense states (T, hidden_size)}) by the teacher."""
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
     ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
-    layers = list(schedule)
     starts = prompt_lens if config.label_loss == "response" else None
+    marked = saliency.mark(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
+    return ids, seqlens, prompt_lens, *marked
 
-    def compute():
-        return saliency.mark(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
 
+def pack(model, examples, schedule, config):
+    """mark() of a list of examples, through --label_cache: what is in it costs no pass."""
+    layers = list(schedule)
     if not config.label_cache:
-        return ids, seqlens, prompt_lens, *compute()
-    # A batch whose prompts are all in the cache costs no pass; otherwise the batch is marked whole.
+        return mark(model, examples, layers, config)
     run = [
         "labels and states",
         fingerprint(model),
@@ -338,18 +339,24 @@ def pack(model, examples, schedule, config):
     ]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
-    if not all(path.is_file() for path in paths):
-        marked = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in compute()]  # per prompt, its stages
-        for path, labels, states in zip(paths, *marked):
-            write_atomic(path, safetensors.torch.save({"labels": labels.contiguous(), "states": states.contiguous()}))
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        _, seqlens, _, *marked = mark(model, [examples[i] for i in missing], layers, config)
+        parts = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in marked]  # per prompt, its stages
+        for i, labels, states in zip(missing, *parts):
+            write_atomic(
+                paths[i], safetensors.torch.save({"labels": labels.contiguous(), "states": states.contiguous()})
+            )
     try:
         files = [safetensors.torch.load_file(path) for path in paths]
     except SafetensorError as error:
         raise ValueError(
             f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder"
         ) from None
-    marked = (torch.cat([f[name] for f in files], 1).to(ids.device) for name in ("labels", "states"))
-    return ids, seqlens, prompt_lens, *(dict(zip(layers, stages)) for stages in marked)
+    ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
+    stages = (torch.cat([f[name] for f in files], 1).to(ids.device) for name in ("labels", "states"))
+    seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
+    return ids, seqlens, prompt_lens, *(dict(zip(layers, s)) for s in stages)
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -309,7 +309,9 @@ def test_guard(layers, monkeypatch):
     """A selection that drops nothing, though the schedule asks for it, is an error and not a slow dense run."""
     model = tiny.build(**MODELS["full"])
     monkeypatch.setattr(
-        sdtp, "select", lambda scores, positions, share, seqlens, prompt_lens, span: (torch.arange(len(scores)), seqlens)
+        sdtp,
+        "select",
+        lambda scores, positions, share, seqlens, prompt_lens, span: (torch.arange(len(scores)), seqlens),
     )
     with pytest.raises(RuntimeError, match="layer 1 holds .40. tokens"):
         prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {layer: 0.5 for layer in layers}))
