@@ -42,7 +42,9 @@ class BenchConfig:
     shape: str = ""  # or random weights of a shape: 10m, 135m, 360m, 1b, llama2-7b, mistral-7b, qwen2-7b, gemma-7b
     layers: int = 0  # shape: that many layers (0: all it has)
     heads: str = ""  # folder of trained heads (default: untrained heads, as fast as trained ones)
-    keep: str = ""  # shares kept at each stage, with commas, a variant each (default: the heads' own schedule, or 0.9)
+    keep: str = (
+        ""  # variants, with commas: each the compute of the paper's stages with that share (default: heads' own)
+    )
     text: str = ""  # text file to read (default: random tokens)
     lengths: str = "1024,2048,4096"  # prompt lengths in tokens
     new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill

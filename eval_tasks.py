@@ -47,10 +47,8 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
-    methods: str = ",".join(
-        METHODS
-    )  # in one run; NAME@16: with spans of 16 tokens; floor: only the protected tokens stay
-    keep: float = 0.0  # share kept at each stage (0: the heads' own schedule, or 0.9)
+    methods: str = ",".join(METHODS)  # in one run; NAME@16 has spans of 16; floor: only protected tokens stay
+    keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule, or 0.9)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most

@@ -24,7 +24,7 @@ class SampleConfig:
     prompt: str = ""  # the prompt
     prompt_file: str = ""  # or a file that holds it
     chat: bool = False  # wrap the prompt in the checkpoint's chat template
-    keep: float = 0.0  # share kept at each stage (0: the heads' own schedule)
+    keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule)
     dense: bool = False  # no pruning
     compare: bool = False  # first dense, then pruned
     max_new_tokens: int = 100  # at most

@@ -103,7 +103,7 @@ class Schedule(dict):
     def with_ratio(self, ratio):
         """with_mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
         layers = self.num_hidden_layers
-        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share())
+        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers // 2)).mean_share())
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""

@@ -74,9 +74,7 @@ class TrainConfig:
     min_prompt: int = 64  # rows: shorter prompts are left out
     max_prompt: int = 1024  # rows: longer prompts are left out
     max_prompts: int = 0  # training prompts (0: all)
-    label_cache: str = (
-        ""  # folder in which labels and states are kept between epochs and runs (default, for epochs: in out_dir)
-    )
+    label_cache: str = ""  # folder that keeps labels and states (default: of several epochs, in out_dir)
     # the optimisation
     epochs: int = 4  # passes over the training prompts (the paper: 2), which are marked once
     batch_tokens: int = 1024  # tokens packed into one forward

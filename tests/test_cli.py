@@ -104,7 +104,7 @@ MISTAKES = {
     "sample.py --prompt abc --heads heads/other": "another checkpoint (other)",
     "sample.py --prompt abc --heads heads/cut": "heads/cut",
     "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
-    "sample.py --prompt abc --heads heads/tiny --keep 1.5": "share at layer 2 is 1.5",
+    "sample.py --prompt abc --heads heads/tiny --keep 1.5": "is 1.5",
     "eval_tasks.py --text text.txt --heads heads/other": "another checkpoint",
     "eval_tasks.py --text nowhere.txt": "nowhere.txt does not exist",
     "eval_tasks.py --text text.txt --data pydoc": "--text",

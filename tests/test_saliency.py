@@ -87,7 +87,7 @@ def test_entropy_equals_transformers(fields, tmp_path):
     maps = hf(ids[None], output_attentions=True).attentions
     model = Transformer.from_pretrained(tmp_path, torch.float64)
     labels = label(model, ids, [0, 2], "attention_entropy")
-    blocks = saliency.entropy_labels(model, ids, [0, 2], [23], block=7)  # the last one short
+    blocks, _ = saliency.entropy_labels(model, ids, [0, 2], [23], block=7)  # the last one short
     for layer, got in labels.items():
         assert torch.allclose(got, blocks[layer], rtol=0, atol=1e-6)
         expected = []
