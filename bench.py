@@ -42,9 +42,7 @@ class BenchConfig:
     shape: str = ""  # or random weights of a shape: 10m, 135m, 360m, 1b, llama2-7b, mistral-7b, qwen2-7b, gemma-7b
     layers: int = 0  # shape: that many layers (0: all it has)
     heads: str = ""  # folder of trained heads (default: untrained heads, as fast as trained ones)
-    keep: str = (
-        ""  # variants, with commas: each the compute of the paper's stages with that share (default: heads' own)
-    )
+    keep: str = ""  # variants, with commas: the compute of the paper's stages at that share (default: heads' own)
     text: str = ""  # text file to read (default: random tokens)
     lengths: str = "1024,2048,4096"  # prompt lengths in tokens
     new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill
