@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import cli
 import saliency
+import train
 from cli import clock
-from data import read_text
+from data import Example, read_text
 from download import DEFAULT
 from model import Config, RoPE, Transformer, auto_dtype
 from sdtp import PruneHead, Schedule, fingerprint, generate, prefill
@@ -534,14 +535,22 @@ def throughput(model, prompts, variants, sizes, new_tokens, repeats):
 
 
 def marking(model, ids, layers, repeats, response=64):
-    """Rows of one length: seconds and peak bytes of a dense prefill and of the labels of all stages.
+    """Rows of one length: seconds and peak bytes of a dense prefill, of the labels of all stages, and of whole steps of train.py.
 
     The label's loss is that of the last `response` tokens; multiple: median over repeats of seconds over the prefill's.
+    Steps, labels included: by imitation with one stage, train.py's default, and with --paper's losses at all of them.
     """
     run = {"dense prefill": partial(prefill, model, ids)}
     for name, again in (("label", False), ("label, blocks recomputed", True)):
         starts = [max(1, len(ids) - response)]
         run[name] = partial(saliency.label, model, ids, layers, "grad_norm", [len(ids)], starts, again)
+    example, depth = Example(ids[:-response].tolist(), ids[-response:].tolist()), len(model.layers)
+    for name, flags, stages in (("step", {}, layers[:1]), ("step, --paper", train.PAPER, layers)):
+        config = train.TrainConfig(**flags, checkpoint_blocks="off")
+        schedule = Schedule(depth, dict.fromkeys(stages, 0.5), span=config.span)
+        heads = {layer: train.new_head(model, config) for layer in stages}
+        optimizer = torch.optim.AdamW(train.parameters(heads).values())
+        run[name] = partial(train.train_step, model, heads, optimizer, [[example]], schedule, config)
     seconds = {name: [] for name in run}
     for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):  # the first is a warm-up
         for name, call in run.items():
@@ -628,6 +637,8 @@ def measure_batches(config, model, text, lengths, heads, schedules):
 
 def measure_marking(config, model, text, lengths, schedules):
     """--marking: prints and returns the rows of marking() for each of --lengths; a schedule's layers are any's."""
+    if min(lengths) < 80:
+        raise ValueError(f"--lengths {min(lengths)}: --marking needs at least 80 tokens, of which 64 are the response")
     rows, layers = [], list(next(iter(schedules.values())))
     print(f"{'tokens':>7} {'':<25} {'seconds':>8} {'multiple':>9} {'peak MiB':>9}")
     for n in lengths:

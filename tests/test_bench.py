@@ -308,8 +308,8 @@ def test_script_batches_and_marking(tmp_path, monkeypatch):
         (size, name, 16) for size in (8, 16) for name in ("dense", "sdtp 0.5")
     ]
     assert 16 * 200 < rows[0]["prompt_tokens"] < 16 * 2000 and all(r["tokens_s"] > 0 for r in rows)
-    run_script(monkeypatch, f"{flags} --marking --lengths 40,70")
-    assert [r["length"] for r in json.loads((tmp_path / "r.json").read_text())] == [40] * 3 + [70] * 3
+    run_script(monkeypatch, f"{flags} --marking --lengths 90,120")
+    assert [r["length"] for r in json.loads((tmp_path / "r.json").read_text())] == [90] * 5 + [120] * 5
     run_script(monkeypatch, f"{flags} --profile --lengths 40,70 --keep 0.5")
     rows = json.loads((tmp_path / "r.json").read_text())
     variants = [(n, name) for n in (40, 70) for name in ("dense", "sdtp 0.5")]
@@ -368,13 +368,17 @@ def test_throughput(monkeypatch):
 
 
 def test_marking(monkeypatch):
-    """One row each for the prefill and for labels without and with recomputed blocks; multiples are of the prefill."""
+    """One row each for the prefill, for labels without and with recomputed blocks, and for both kinds of steps; multiples are of the prefill."""
     model, calls, label = tiny.build(torch.float32), [], bench.saliency.label
     monkeypatch.setattr(bench.saliency, "label", lambda *a: calls.append(a[3:]) or label(*a))
-    ticks = iter(t for _ in range(3) for t in (0, 2, 0, 5, 0, 8))
+    steps, step = [], bench.train.train_step
+    monkeypatch.setattr(bench.train, "train_step", lambda *a: steps.append((a[4], *step(*a))) or {})
+    ticks = iter(t for _ in range(3) for t in (0, 2, 0, 5, 0, 8, 0, 6, 0, 10))
     monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
     rows = bench.marking(model, tiny.ids(30), [1, 2], repeats=2, response=10)
-    assert [(r["seconds"], r["multiple"]) for r in rows] == [(2, 1), (5, 2.5), (8, 4)]
+    assert [(r["seconds"], r["multiple"]) for r in rows] == [(2, 1), (5, 2.5), (8, 4), (6, 3), (10, 5)]
+    ours, paper = ([s for s in steps if (len(s[0]) == 2) == both] for both in (False, True))
+    assert len(ours) == len(paper) == 4 and "list" in ours[0] and "lm" not in ours[0] and "lm" in paper[0]
     assert set(map(str, calls)) == {str(("grad_norm", [30], [20], again)) for again in (False, True)}
     assert all(r["peak_bytes"] > 0 and r["length"] == 30 for r in rows)
     assert rows[2]["peak_bytes"] < rows[1]["peak_bytes"]
