@@ -1,7 +1,7 @@
 """Train pruning heads for a frozen model, then measure them.
 
-    python train.py                                # the default checkpoint on Python's own manual
-    python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly
+    python train.py                                # the default checkpoint on Python's own manual, and on questions made from it
+    python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly too
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
     python train.py --paper                        # the paper's stages, heads and losses
 
@@ -13,6 +13,7 @@ with attention masked where the heads would drop a token, and trains them on (pa
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: pydoc with the default checkpoint, else dolly)
+    data: str = ""  # of pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: pydoc,made; dolly too for others' checkpoints)
     out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
     resume: bool = False  # go on with the run in out_dir
     paper: bool = False  # the paper's recipe instead of ours: see PAPER in train.py for the flags that it sets
@@ -612,9 +613,10 @@ def main():
     for name, value in PAPER.items() if config.paper else ():
         setattr(config, name, value)
     check_flags(config)
-    if config.epochs > 1 and not config.label_cache:
-        config.label_cache = str(Path(config.out_dir) / "labels")
-    config.data = config.data or ("pydoc" if Path(config.ckpt).name == DEFAULT else "dolly")
+    own_cache = str(Path(config.out_dir) / "labels")
+    if config.epochs > 1:
+        config.label_cache = config.label_cache or own_cache
+    config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly,pydoc,made")
     model, folder = cli.load_model(config)
     stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
     schedule = Schedule(len(model.layers), **stages).with_ratio(config.ratio)
@@ -641,6 +643,8 @@ def main():
     for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
     (out / "checkpoint.safetensors").unlink()
+    if config.label_cache == own_cache:
+        shutil.rmtree(own_cache)
     print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 

@@ -504,6 +504,7 @@ def test_recipes(world, monkeypatch, recipe):
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
         assert meta["head"] == {"divisor": 4, "norm": False, "position": False, "matches": 0} and meta["span"] == 1
     else:
+        assert not (world / "recipe" / "labels").exists()
         assert "list" in log[0] and not {"lm", "mse", "rank", "alive"} & log[0].keys() and len(log) == 12
         assert 6 * 38 < sum(marked) < 2 * 6 * 38 and len(meta["schedule"]) == 1
 
