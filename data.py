@@ -61,7 +61,8 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
     text = read_text(source) if source.endswith(".txt") else "\n".join(topics[name] for name in sorted(topics))
     cut = int(len(text) * (1 - HELD_OUT))
     if source == "made":
-        return tuple(made_examples(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
+        parts = enumerate((text[:cut], text[cut:]))
+        return tuple(made_examples(part, tokenizer, prompt_len, score_len, held_out) for held_out, part in parts)
     return tuple(text_windows(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
 
 
@@ -137,9 +138,9 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
     return examples
 
 
-def made_examples(text, tokenizer, prompt_len, score_len, count=150):
-    """Needle and copy Examples of a text, one of each in turn."""
-    needles = needle_examples(text, tokenizer, prompt_len, count)
+def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=150):
+    """Needle and copy Examples of a text, one of each in turn; those held out in other words, with other answers."""
+    needles = needle_examples(text, tokenizer, prompt_len, count, held_out, seed=int(held_out))
     copies = copy_examples(text, tokenizer, prompt_len, count, score_len)
     return [e for pair in zip(needles, copies) for e in pair]
 
