@@ -103,6 +103,8 @@ def chat_prompt(text, tokenizer):
 
 def text_parts(text, tokenizer, tokens, count):
     """Up to `count` (half, half) texts of that many tokens, spread over the text, split between sentences at spread depths."""
+    if tokens < 1:
+        raise ValueError(f"made prompts need more than 64 tokens, not {tokens + 64}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     count = min(count, len(ids) // tokens)
     for i in range(count):
