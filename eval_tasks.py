@@ -119,7 +119,7 @@ def perplexity(
     check_methods(methods)
     if not examples:
         raise ValueError("no prompt to evaluate on")
-    if "sdtp" in methods and not heads:
+    if needs_heads(methods) and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
     methods = list(dict.fromkeys(["dense", *methods]))
     generator = torch.Generator().manual_seed(seed)
@@ -237,11 +237,15 @@ def compare(row, nats, base, base_nats, fields, examples):
 
 
 def check_methods(methods):
-    """ValueError for a method that is not one of METHODS."""
+    """ValueError for a method that is not one of KNOWN, or has a span that is none."""
     for method in methods:
-        name, _, span = method.partition("@")
-        if name not in KNOWN or (span and (not span.isdecimal() or int(span) < 1)):
+        name, at, span = method.partition("@")
+        if name not in KNOWN or (at and (name == "dense" or not span.isdecimal() or int(span) < 1)):
             raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
+
+
+def needs_heads(methods):
+    return any(method.partition("@")[0] == "sdtp" for method in methods)
 
 
 def print_table(rows):
@@ -278,7 +282,7 @@ def main():
     check_methods(methods)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
-    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed="sdtp" in methods)
+    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=needs_heads(methods))
     if config.text:
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
         count = min(config.limit, len(windows))
