@@ -61,7 +61,8 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
     text = read_text(source) if source.endswith(".txt") else "\n".join(topics[name] for name in sorted(topics))
     cut = int(len(text) * (1 - HELD_OUT))
     if source == "made":
-        return tuple(made_examples(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
+        parts = enumerate((text[:cut], text[cut:]))
+        return tuple(made_examples(part, tokenizer, prompt_len, score_len, held_out) for held_out, part in parts)
     return tuple(text_windows(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
 
 
@@ -102,6 +103,8 @@ def chat_prompt(text, tokenizer):
 
 def text_parts(text, tokenizer, tokens, count):
     """Up to `count` (half, half) texts of that many tokens, spread over the text, split between sentences at spread depths."""
+    if tokens < 1:
+        raise ValueError(f"made prompts need more than 64 tokens, not {tokens + 64}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     count = min(count, len(ids) // tokens)
     for i in range(count):
@@ -137,9 +140,9 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
     return examples
 
 
-def made_examples(text, tokenizer, prompt_len, score_len, count=150):
-    """Needle and copy Examples of a text, one of each in turn."""
-    needles = needle_examples(text, tokenizer, prompt_len, count)
+def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=150):
+    """Needle and copy Examples of a text, one of each in turn; those held out in other words, with other answers."""
+    needles = needle_examples(text, tokenizer, prompt_len, count, held_out, seed=int(held_out))
     copies = copy_examples(text, tokenizer, prompt_len, count, score_len)
     return [e for pair in zip(needles, copies) for e in pair]
 

@@ -119,7 +119,7 @@ def perplexity(
     check_methods(methods)
     if not examples:
         raise ValueError("no prompt to evaluate on")
-    if "sdtp" in methods and not heads:
+    if needs_heads(methods) and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
     methods = list(dict.fromkeys(["dense", *methods]))
     generator = torch.Generator().manual_seed(seed)
@@ -137,7 +137,8 @@ def perplexity(
                     shared[name] = given_labels(name, model, batch, schedule, teacher, label_loss)
                 rankers = {layer: scorers.from_labels(shared[name][layer]) for layer in stages}
             if name == "gemfilter":
-                pruned, rankers, stages = [gemfilter(model, e, schedule.mean_share()) for e in batch], None, None
+                pruned = [gemfilter(model, e, schedule.mean_share(), stages.span) for e in batch]
+                rankers = stages = None
             results[method].append(score(model, pruned, rankers, stages))
     table = {method: summary(method, model.config, results[method][1:], examples) for method in methods}
     nats = {method: [n.sum().item() for r in results[method][1:] for n in r[0]] for method in methods}
@@ -169,7 +170,7 @@ def given_labels(name, model, batch, schedule, teacher, label_loss):
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 
 
-def gemfilter(model, example, mean_share):
+def gemfilter(model, example, mean_share, span=1):
     """GemFilter (Shi et al. 2024): the Example whose prompt is what a first pass through some layers has chosen, at new positions.
 
     mean_share: compute of both passes together, in dense prefills; what the first leaves of it is kept of the prompt.
@@ -188,7 +189,7 @@ def gemfilter(model, example, mean_share):
         for block in model.layers[:depth]:
             x = block(x, positions, [n])
         scores = scorers.last_query()(x, positions, [n], model.layers[depth])
-    keep, _ = select(scores, positions, share, [n], [n])
+    keep, _ = select(scores, positions, share, [n], [n], span)
     return Example(ids[keep].tolist(), example.response)
 
 
@@ -199,9 +200,9 @@ def summary(method, config, results, examples):
     prompt_tokens = sum(len(e.prompt) for e in examples)
     alive = sum(sum(c) / len(c) for c in counts) / prompt_tokens
     flops = sum(block_flops(config, n) for layers in counts for n in layers)
-    if method == "gemfilter":  # its first pass
-        depth = max(1, round(GEMFILTER_LAYER * config.num_hidden_layers))
-        flops += depth * sum(block_flops(config, len(e.prompt)) for e in examples)
+    layers = config.num_hidden_layers  # of a filtering pass
+    first = {"gemfilter": max(1, round(GEMFILTER_LAYER * layers)), "self_information": layers}
+    flops += first.get(method.partition("@")[0], 0) * sum(block_flops(config, len(e.prompt)) for e in examples)
     loss = nats.mean().item()
     return {
         "method": method,
@@ -237,11 +238,15 @@ def compare(row, nats, base, base_nats, fields, examples):
 
 
 def check_methods(methods):
-    """ValueError for a method that is not one of METHODS."""
+    """ValueError for a method that is not one of KNOWN, or has a span that is none."""
     for method in methods:
-        name, _, span = method.partition("@")
-        if name not in KNOWN or (span and (not span.isdecimal() or int(span) < 1)):
+        name, at, span = method.partition("@")
+        if name not in KNOWN or (at and (name == "dense" or not span.isdecimal() or int(span) < 1)):
             raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
+
+
+def needs_heads(methods):
+    return any(method.partition("@")[0] == "sdtp" for method in methods)
 
 
 def print_table(rows):
@@ -278,7 +283,7 @@ def main():
     check_methods(methods)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
-    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed="sdtp" in methods)
+    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=needs_heads(methods))
     if config.text:
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
         count = min(config.limit, len(windows))

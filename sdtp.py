@@ -302,7 +302,7 @@ def load_heads(folder, model):
             head.to(model.device)
         if tensors:
             raise ValueError(f"unexpected tensor {min(tensors)}")
-    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (SafetensorError, ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}"
         ) from None

@@ -1,6 +1,7 @@
 """data.py: windows of text, rows in Dolly's fields, and what is held out."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -121,6 +122,177 @@ def test_chat_template(tmp_path):
     (example,) = train + held_out
     assert tokenizer.decode(example.prompt) == "<|user|>the context of row 7 is here\n\nwhat is 7?<|assistant|>"
     assert example.prompt[0] == 1 and example.prompt.count(1) == 1
+
+
+def test_chat_prompt(tokenizer, tmp_path):
+    """Without a template the text and a blank line after BOS; with one, the template's, with one BOS too."""
+    assert tokenizer.decode(data.chat_prompt("who?", tokenizer)) == "who?\n\n"
+    template = "{{ bos_token }}<|{{ messages[0].role }}|>{{ messages[0].content }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    chat = Tokenizer(tiny.checkpoint(tmp_path / "tiny", chat_template=template))
+    assert chat.decode(data.chat_prompt("who?", chat)) == "<|user|>who?<|assistant|>"
+    for t in (tokenizer, chat):
+        ids = data.chat_prompt("who?", t)
+        assert ids[0] == t.bos_token_id and ids.count(t.bos_token_id) == 1
+
+
+# ---------------------------------------------------------------------------- made prompts
+
+
+class Words:
+    """A tokenizer whose tokens are words, spaces and single signs, without BOS and chat template."""
+
+    chat_template = None
+
+    def __init__(self):
+        self.ids, self.words = {}, []
+
+    def encode(self, text, add_special_tokens=True):
+        for word in re.findall(r"\w+|\W", text):
+            if word not in self.ids:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+        return [self.ids[word] for word in re.findall(r"\w+|\W", text)]
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+SENTENCES = "".join(f"Number {i} takes {i * 7 + 1}\nof them all. " for i in range(2000))  # 15 words and signs each
+
+
+def taken_apart(example, words, held_out):
+    """(the text around the statement, share of the text before it, name, template) of a needle Example, checked on the way."""
+    prompt, value = words.decode(example.prompt), words.decode(example.response)
+    assert re.fullmatch(r"\d{5}", value) and prompt.count(value) == 1 and prompt.endswith("\n\n")
+    text, question = prompt[:-2].rsplit("\n\n", 1)
+    found = [
+        (name, template)
+        for name in data.NAMES[held_out]
+        for template in data.NEEDLES[held_out]
+        if template[1].format(name=name) == question
+    ]
+    ((name, template),) = found
+    before, after = text.split(template[0].format(name=name, value=value))
+    assert before[-1:] in ("", " ") and after[:1] in ("", " ")
+    return before + after.lstrip(), len(before) / len(before + after), name, template
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_needles(held_out):
+    """The answer stands once, in its statement, between two sentences of a piece of the text; the question for it is the end."""
+    words, names, templates, depths = Words(), set(), set(), []
+    examples = data.needle_examples(SENTENCES, words, 400, 40, held_out)
+    assert len(examples) == 40
+    for example in examples:
+        text, depth, name, template = taken_apart(example, words, held_out)
+        assert " ".join(text.split()) in " ".join(SENTENCES.split())
+        assert abs(len(example.prompt) - 400) <= 64
+        names.add(name), templates.add(template), depths.append(depth)
+    assert names <= set(data.NAMES[held_out]) and len(names) > 4 and templates == set(data.NEEDLES[held_out])
+    for fifth in range(5):
+        assert sum(fifth / 5 <= depth <= (fifth + 1) / 5 for depth in depths) >= 4
+
+
+def test_needles_between_sentences():
+    """The statement follows the end of a sentence, and the starts of the pieces are spread over the whole text."""
+    words = Words()
+    texts = [words.decode(e.prompt) for e in data.needle_examples(SENTENCES, words, 400, 15)]
+    statement = re.compile("|".join(s.format(name=r"\w+", value=r"\d{5}") for s, _ in data.NEEDLES[0]))
+    cuts = [(t[: m.start()], t[m.end() :]) for t in texts for m in [statement.search(t)]]
+    assert all(before.endswith("all. ") and after.startswith(" Number ") or ". " not in after for before, after in cuts)
+    assert (
+        sum(before.endswith("all. ") for before, _ in cuts) >= 12
+    )  # the others' depth is in the piece's last sentence
+    firsts = [int(re.search(r"Number (\d+)", t)[1]) for t in texts]
+    assert firsts == sorted(firsts) and firsts[0] < 10 and firsts[-1] > 1800
+    assert max(b - a for a, b in zip(firsts, firsts[1:])) < 200
+
+
+def test_needles_by_seed():
+    """A seed gives the same examples again, another seed other needles in the same text; a short text gives fewer."""
+    words = Words()
+    first, again, other = (
+        data.needle_examples(SENTENCES, words, 160, 10, seed=seed) for seed in (0, 0, 1)
+    )  # fmt: skip
+    assert first == again and all(a.response != b.response for a, b in zip(first, other, strict=True))
+    assert taken_apart(first[3], words, False)[0] == taken_apart(other[3], words, False)[0]
+    count = len(words.encode(SENTENCES)) // (160 - 64)
+    assert len(data.needle_examples(SENTENCES, words, 160, 10**6)) == count
+
+
+def test_held_out_needles_are_in_other_words():
+    """No name, statement or question to train on is also one to measure on."""
+    assert not set(data.NAMES[0]) & set(data.NAMES[1])
+    for part in range(2):
+        assert not {t[part] for t in data.NEEDLES[0]} & {t[part] for t in data.NEEDLES[1]}
+
+
+def test_copies():
+    """The response stands in the prompt word for word, a sentence that begins with the words asked for, cut at score_len."""
+    words = Words()
+    for score_len in (100, 9):
+        examples = data.copy_examples(SENTENCES, words, 400, 40, score_len)
+        assert 30 < len(examples) <= 40 and all(abs(len(e.prompt) - 400) <= 64 for e in examples)
+        whole, depths = 0, []
+        for example in examples:
+            prompt, response = words.decode(example.prompt), words.decode(example.response)
+            text, question = prompt.rsplit("\n\n", 2)[:2]
+            assert " ".join(text.split()) in " ".join(SENTENCES.split()) and text.count(response) == 1
+            beginning = re.fullmatch('Repeat the sentence of the text that begins with "(.*)".', question)[1]
+            assert beginning.split() == response.split()[:4] and len(example.response) <= score_len
+            whole += bool(re.fullmatch(r"Number \d+ takes \d+\nof them all", response))
+            depths.append(text.index(response) / len(text))
+        assert whole >= (35 if score_len == 100 else 0)  # of the others the piece has only a part
+        for fifth in range(5):
+            assert sum(fifth / 5 <= depth <= (fifth + 1) / 5 for depth in depths) >= 4
+
+
+def test_made():
+    """Needles and copies in turn; each part from its own tenths of the manual, the held-out needles in the held-out words with answers of their own."""
+    words = Words()
+    parts = data.load("made", words, 128, 24)
+    manual = "\n".join(data.topics[name] for name in sorted(data.topics))
+    cut, answers = int(len(manual) * 0.9), []
+    for held_out, (part, source) in enumerate(zip(parts, (manual[:cut], manual[cut:]))):
+        assert len(part) > 50 and len(part) % 2 == 0
+        for example in part[1::2]:
+            text = words.decode(example.prompt).rsplit("\n\n", 2)[0]
+            assert "".join(text.split()) in "".join(source.split())
+            assert words.decode(example.response) in text
+        for example in part[::2]:
+            text = taken_apart(example, words, held_out)[0]
+            assert "".join(text.split()) in "".join(source.split())
+        answers.append({words.decode(e.response) for e in part[::2]})
+    assert not answers[0] & answers[1]
+    assert parts == data.load("made", words, 128, 24)
+
+
+@pytest.mark.parametrize("prompt_len", [20, 64])
+def test_made_prompts_too_short(prompt_len):
+    """A prompt_len without room for a text around the needle is refused."""
+    with pytest.raises(ValueError, match=f"{prompt_len}"):
+        data.load("made", Words(), prompt_len)
+
+
+def test_sources_in_turn(tokenizer, tmp_path):
+    """Sources with commas give one example of each in turn, until none is left, in the training and in the held-out part."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    sources = [
+        str(tmp_path / "a.txt"),
+        write(tmp_path / "r.jsonl", [row(i) for i in range(300)]),
+        str(tmp_path / "a.txt"),
+    ]
+    how = (tokenizer, 50, 20, 30, 100)
+    single = [data.load(source, *how) for source in sources]
+    got = data.load(",".join(sources), *how)
+    assert len(got) == 2
+    for part, lists in zip(got, zip(*single)):
+        lists, expected = [list(examples) for examples in lists], []
+        while any(lists):
+            expected += [examples.pop(0) for examples in lists if examples]
+        assert list(part) == expected and len(expected) > 20
+    with pytest.raises(ValueError, match="--data nope"):
+        data.load(f"{sources[0]},nope", *how)
 
 
 @pytest.mark.parametrize(

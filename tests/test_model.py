@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
 from model import Config, KVCache, Transformer, attend, attention_weights, sdpa, visible
@@ -175,6 +176,29 @@ def test_frozen(tmp_path):
     for m in (tiny.build(), load(tiny.write(tmp_path))):
         assert not any(p.requires_grad or p.is_meta for p in [*m.parameters(), *m.buffers()])
         assert not m.training
+
+
+@pytest.mark.parametrize("rows", [1, 23])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, head_dim=12),
+        dict(model_type="qwen2"),
+        dict(model_type="gemma", head_dim=16),
+        dict(attention_bias=True, mlp_bias=True),
+    ],
+    ids=["grouped", "every head", "one group, head_dim apart", "qwen2", "gemma", "biases"],
+)
+def test_linear_flops(fields, rows):
+    """linear_flops are the matrix products that PyTorch counts in one block but for attention's."""
+    m = tiny.build(torch.float32, **fields)
+    block, x = m.layers[1], torch.randn(rows, 32)
+    nothing = lambda q, *rest: torch.zeros_like(q)
+    with FlopCounterMode(display=False) as counter:
+        block(x, torch.arange(rows), [rows], attend=nothing)
+    assert m.config.linear_flops(rows) == counter.get_total_flops() > 0
 
 
 # ---------------------------------------------------------------------------- packing and the cache

@@ -1,6 +1,7 @@
 """sdtp.py against plain references: Python sorts, and a float64 model that hides tokens where sdtp.py drops them."""
 
 import json
+import math
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import sdtp
 from model import KVCache, Transformer, visible
@@ -57,6 +59,12 @@ def kept_by_sort(scores, positions, n, share):
     return sorted(protected + [-p for _, p in others[: count - len(protected)]])
 
 
+def loop_span_means(scores, positions, span):
+    """For each position the mean score of those of its span that are alive. Plain Python."""
+    members = {p: [s for s, q in zip(scores, positions) if q // span == p // span] for p in positions}
+    return [(torch.tensor(sum(m)) / len(m)).item() for m in members.values()]
+
+
 def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
     """All tokens stay in place; those of the prompt (the first n) are hidden from their stage on.
 
@@ -68,7 +76,8 @@ def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
             scores = scorers[layer](x, positions, [len(ids)], block).tolist()
             old = positions[:n][alive[:n]].tolist()
             alive[:n] = False
-            alive[kept_by_sort([scores[p] for p in old], old, n, schedule[layer])] = True
+            means = loop_span_means([scores[p] for p in old], old, schedule.span)
+            alive[kept_by_sort(means, old, n, schedule[layer])] = True
         q, k, v = block.self_attn.qkv(block.input_layernorm(x), positions)
         layers.append((positions[alive], k, v))
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -134,6 +143,13 @@ def test_schedule_refuses(layers, shares, named):
         Schedule(layers, shares)
 
 
+@pytest.mark.parametrize("span", [0, -8])
+def test_schedule_refuses_spans(span):
+    """A span of no token is refused by name."""
+    with pytest.raises(ValueError, match=f"spans of {span} tokens"):
+        Schedule(6, {2: 0.5}, span=span)
+
+
 def test_select_ties():
     """Of equal scores the later token stays; protected tokens stay whatever they score; rows ascend."""
     n, positions = 20, torch.arange(20)  # protected: 0 to 3, 18 and 19
@@ -180,13 +196,9 @@ def test_select_spans(data, prompt_lens, share, span):
     for n in prompt_lens:
         alive = [p for p in range(n) if is_protected(torch.tensor(p), n) or data.draw(st.booleans())]
         values = data.draw(st.lists(st.integers(-4, 4), min_size=len(alive), max_size=len(alive)))
-        means = []
-        for p in alive:
-            members = [v for q, v in zip(alive, values) if q // span == p // span]
-            means.append((torch.tensor(float(sum(members))) / len(members)).item())
         parts.append(alive)
         scores.append([float(v) for v in values])
-        wanted.append(kept_by_sort(means, alive, n, share))
+        wanted.append(kept_by_sort(loop_span_means(scores[-1], alive, span), alive, n, share))
     positions = torch.tensor(sum(parts, []))
     lens = [len(p) for p in parts]
     keep, kept = select(torch.tensor(sum(scores, [])), positions, share, lens, prompt_lens, span)
@@ -289,6 +301,29 @@ def test_decoding_after_pruning(fields, extra):
         at = [a + s for a, s in zip(at, step)]
 
 
+@each_model
+@pytest.mark.parametrize("span", [2, 5, 16])
+def test_spans_through_prefill(fields, span):
+    """Stages that keep whole spans: logits and tokens of a model that hides the dropped ones, packed as single, each stage's among those of the one before."""
+    model, lens = tiny.build(**fields), [64, 1, 37, 9]
+    schedule = Schedule(5, stages(0.7), span=span)
+    heads, prompts = random_heads(model), [tiny.ids(n, seed) for seed, n in enumerate(lens)]
+    logits, cache = prefill(model, torch.cat(prompts), heads, schedule, lens)
+    assert [list(counts) for counts in zip(*cache.seqlens())] == [schedule.alive(n) for n in lens]
+    for i, (prompt, n) in enumerate(zip(prompts, lens)):
+        single, single_cache = prefill(model, prompt, heads, schedule)
+        expected, layers = hidden_not_dropped(model, prompt, n, heads, schedule)
+        assert (logits[i] - single[0]).abs().max() < 1e-10 and (logits[i] - expected[-1]).abs().max() < 1e-10
+        before = set(range(n))
+        for a, b, (kept, _, _) in zip(cache.layers, single_cache.layers, layers):
+            positions = a.rows()[2].split(a.seqlens)[i]
+            assert torch.equal(positions, b.rows()[2]) and torch.equal(positions, kept)
+            assert set(positions.tolist()) <= before
+            before = set(positions.tolist())
+    one = prefill(model, prompts[0], heads, stages(0.7))[1]
+    assert not torch.equal(one[4].rows()[2], cache[4].rows()[2][: cache[4].seqlens[0]])  # the span does something
+
+
 def test_last_row_only(monkeypatch):
     """The output layer runs on one row per prompt."""
     model, rows = tiny.build(**MODELS["full"]), []
@@ -305,7 +340,8 @@ def test_cache_is_allocated_for_the_alive():
 
 
 @pytest.mark.parametrize("layers", [(1,), (1, 2, 4)])
-def test_guard(layers, monkeypatch):
+@pytest.mark.parametrize("span", [1, 8])
+def test_guard(layers, span, monkeypatch):
     """A selection that drops nothing, though the schedule asks for it, is an error and not a slow dense run."""
     model = tiny.build(**MODELS["full"])
     monkeypatch.setattr(
@@ -314,7 +350,7 @@ def test_guard(layers, monkeypatch):
         lambda scores, positions, share, seqlens, prompt_lens, span: (torch.arange(len(scores)), seqlens),
     )
     with pytest.raises(RuntimeError, match="layer 1 holds .40. tokens"):
-        prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {layer: 0.5 for layer in layers}))
+        prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {layer: 0.5 for layer in layers}, span=span))
     with pytest.raises(RuntimeError, match="not applied"):
         generate(model, tiny.ids(40), 2, random_heads(model), stages(0.5))
 
@@ -446,6 +482,144 @@ def test_score():
     assert (keep - drop).std() > 0.3
 
 
+OPTIONS = {
+    "divisor": dict(divisor=2),
+    "norm": dict(norm=True),
+    "position": dict(position=True),
+    "matches": dict(matches=3),
+    "all": dict(divisor=1, norm=True, position=True, matches=2),
+}
+each_head = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+ALIVE = [[*range(4), *range(7, 60), 63], [0, 1, 5, 6, 40], [0]]  # positions of prompts that have lost tokens
+
+
+def random_head(options):
+    """A PruneHead whose every part matters."""
+    torch.manual_seed(0)
+    head = PruneHead(32, **options)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.mul_(3)
+    return head.requires_grad_(False)
+
+
+def rows_of(positions):
+    """Hidden states of packed prompts, not centred: (T, 32) float32, positions (T,), rows of each."""
+    lens = [len(p) for p in positions]
+    x = 2 * torch.randn(sum(lens), 32, generator=torch.Generator().manual_seed(1)) + 1
+    return x, torch.tensor(sum(positions, [])), lens
+
+
+def loop_score(head, x, positions, divisor=4, norm=False, position=False, matches=0):
+    """A head's scores of one prompt, token by token, in float64 and plain Python but for the products of a matrix and a row."""
+    weights, n = {name: p.double() for name, p in head.state_dict().items()}, positions[-1] + 1
+    assert weights["fc1.weight"].shape == (32 // divisor, 32)
+    rows, scores = [], []
+    for row in x.double():
+        mean = sum(row) / 32
+        rows.append((row - mean) / (sum((row - mean) ** 2) / 32 + 1e-5) ** 0.5 if norm else row)
+    queries = [(weights["q_proj.weight"] @ row).tolist() for row in rows[-32:]] if matches else []
+    for row, p in zip(rows, positions):
+        hidden, features = weights["fc1.weight"] @ row + weights["fc1.bias"], []
+        if position:
+            features += [math.log(n - p) / 8, math.log(p + 1) / 8, p / n, math.log(n) / 8]
+        if matches:
+            key = (weights["k_proj.weight"] @ row).tolist()
+            spans = [range(16 * m, 16 * m + 16) for m in range(matches)]
+            dots = [[sum(key[i] * query[i] for i in span) / 4 for query in queries] for span in spans]
+            features += [max(d) for d in dots]
+            features += [math.log(sum(math.exp(v) for v in d) / len(d)) for d in dots]
+        if features:
+            hidden = hidden + weights["features.weight"] @ torch.tensor(features, dtype=torch.float64)
+        hidden = torch.tensor([h * 0.5 * (1 + math.erf(h / 2**0.5)) for h in hidden.tolist()], dtype=torch.float64)
+        keep, drop = (weights["fc2.weight"] @ hidden + weights["fc2.bias"]).tolist()
+        scores.append(keep - drop)
+    return scores
+
+
+@each_head
+def test_options_equal_loops(options):
+    """Packed prompts that have lost tokens score, in any dtype, as each by itself in a plain loop over the tokens."""
+    head, (x, positions, lens) = random_head(options), rows_of(ALIVE)
+    expected = [
+        s
+        for rows, p in zip(x.split(lens), positions.split(lens))
+        for s in loop_score(head, rows, p.tolist(), **options)
+    ]
+    expected = torch.tensor(expected)
+    for dtype, tolerance in ((torch.float64, 1e-4), (torch.float32, 1e-4), (torch.bfloat16, 0.25)):
+        scores = head(x.to(dtype), positions, lens)
+        assert scores.dtype == torch.float32 and scores.shape == (sum(lens),)
+        assert (scores - expected).abs().max() < tolerance * max(1, expected.abs().max())
+    assert expected.std() > 0.3
+    # what is not asked for has no weights, and with no option the head is the paper's
+    names = {name.split(".")[0] for name in head.state_dict()} - {"fc1", "fc2"}
+    wanted = {"position": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
+    assert names == set().union(*(wanted.get(name, set()) for name in options))
+
+
+def test_position_features_stay():
+    """A token's position features are the same at every stage, bit for bit, whichever tokens but the last are gone."""
+    head = random_head(dict(position=True))
+    (whole,) = head.position_features(torch.cat([torch.arange(64), torch.arange(41)]), [64, 41])
+    for alive in ([*range(4), 63], [0, 63], [63], list(range(0, 64, 3))):
+        (left,) = head.position_features(torch.tensor([*alive, 7, 40]), [len(alive), 2])
+        assert torch.equal(left, whole[[*alive, 64 + 7, 64 + 40]])
+    assert whole.unique(dim=0).shape == (105, 4)
+
+
+@each_model
+@each_head
+def test_options_through_prefill(fields, options):
+    """Heads with options keep the same tokens of a packed ragged batch as of each prompt by itself."""
+    model, lens = tiny.build(**fields), [1, 33, 50, 7]
+    schedule, prompts = Schedule(5, stages(0.6), span=3), [tiny.ids(n, seed) for seed, n in enumerate(lens)]
+    heads = {layer: random_head(options) for layer in schedule}
+    logits, cache = prefill(model, torch.cat(prompts), heads, schedule, lens)
+    for i, prompt in enumerate(prompts):
+        single, single_cache = prefill(model, prompt, heads, schedule)
+        assert (logits[i] - single[0]).abs().max() < 1e-10
+        for a, b in zip(cache.layers, single_cache.layers):
+            assert torch.equal(a.rows()[2].split(a.seqlens)[i], b.rows()[2])
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["paper", *OPTIONS])
+@pytest.mark.parametrize("rows", [1, 20, 32, 90])
+def test_head_flops(options, rows):
+    """flops() are the matrix products that PyTorch counts, for prompts shorter and longer than the queries of matches."""
+    head = random_head(options)
+    with FlopCounterMode(display=False) as counter:
+        head(torch.randn(rows, 32), torch.arange(rows), [rows])
+    assert head.flops(rows) == counter.get_total_flops() > 0
+
+
+@each_head
+def test_options_round_trip(options, saved):
+    """Heads with options, of a schedule with spans, come back with them and score bit for bit as before."""
+    model, _, _, folder = saved
+    schedule = Schedule(3, {0: 0.8, 2: 0.3}, span=4)
+    heads = {layer: random_head(options) for layer in schedule}
+    save_heads(folder / "heads", heads, model, schedule)
+    loaded, loaded_schedule, info = load_heads(folder / "heads", model)
+    assert loaded_schedule == schedule and loaded_schedule.span == 4 and info["span"] == 4
+    x, positions, lens = rows_of(ALIVE)
+    for layer, head in heads.items():
+        assert loaded[layer].options == head.options and options.items() <= head.options.items()
+        assert torch.equal(loaded[layer](x, positions, lens), head(x, positions, lens))
+
+
+def test_heads_written_before_options(saved):
+    """A heads.json without options and span is of the paper's heads, token by token."""
+    model, heads, schedule, folder = saved
+    meta = json.loads((folder / "heads" / "heads.json").read_text())
+    del meta["head"], meta["span"]
+    (folder / "heads" / "heads.json").write_text(json.dumps(meta))
+    loaded, loaded_schedule, _ = load_heads(folder / "heads", model)
+    assert loaded_schedule == schedule and loaded_schedule.span == 1
+    x = torch.randn(9, 32)
+    assert all(torch.equal(loaded[layer](x), heads[layer](x)) for layer in heads)
+
+
 def test_heads_round_trip(saved):
     """Loaded heads score as the saved ones do, bit for bit, with their schedule and info; they take no gradients."""
     model, heads, schedule, folder = saved
@@ -496,9 +670,13 @@ def no_schedule(folder):
     (folder / "heads.json").write_text(json.dumps(meta))
 
 
-def other_schedule(folder, shares):
+def other_meta(folder, **changes):
     meta = json.loads((folder / "heads.json").read_text())
-    (folder / "heads.json").write_text(json.dumps({**meta, "schedule": shares}))
+    (folder / "heads.json").write_text(json.dumps({**meta, **changes}))
+
+
+def other_schedule(folder, shares):
+    other_meta(folder, schedule=shares)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +693,16 @@ def other_schedule(folder, shares):
         (lambda f: other_schedule(f, {"7": 0.5}), ValueError, "layer 7"),
         (lambda f: other_schedule(f, {"0": 0.7, "1": 0.5, "2": 0.4}), ValueError, "0.fc1.weight"),
         (lambda f: other_schedule(f, {"1": 0.5}), ValueError, "2.fc1.bias"),
+        (lambda f: other_schedule(f, [0.5]), ValueError, "heads.json"),
+        (lambda f: other_meta(f, head={"magic": 1}), ValueError, "magic"),
+        (lambda f: other_meta(f, head={"matches": 1}), ValueError, "1.features.weight"),
+        (lambda f: other_meta(f, head={"divisor": 2}), ValueError, "fc1.weight"),
+        (lambda f: other_meta(f, head={"divisor": 0}), ValueError, "heads.json"),
+        (lambda f: other_meta(f, head={"divisor": "4"}), ValueError, "heads.json"),
+        (lambda f: other_meta(f, head=["norm"]), ValueError, "heads.json"),
+        (lambda f: other_meta(f, head=None), ValueError, "heads.json"),
+        (lambda f: other_meta(f, span=0), ValueError, "spans of 0"),
+        (lambda f: other_meta(f, span="8"), ValueError, "heads.json"),
     ],
 )  # fmt: skip
 def test_damaged_heads(spoil, error, named, saved):
