@@ -136,21 +136,16 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
 
     scores: (T,) float32; positions: (T,); seqlens: rows alive per sequence; prompt_lens: prompt tokens
-    per sequence, dropped ones included; span: whole spans of so many tokens are kept, by their mean score, but for
-    the last one, of which the later tokens fill the count. Returns ((K,) ascending row indices, rows kept per sequence).
+    per sequence, dropped ones included; span: whole spans of so many tokens are kept, by the mean score of what of them
+    may be dropped, but for the last one, of which the later tokens fill the count. Returns ((K,) ascending row indices, rows kept per sequence).
     """
     keep, kept, start = [], [], 0
     for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
         here = positions[start : start + length]
         protected, count = is_protected(here, n), min(length, alive_count(n, share))
-        # reversed before a stable sort: of equal scores the later token comes first; inf is for the protected alone, NaN is last
-        order = (
-            pool(rows, here, span)
-            .nan_to_num(nan=-math.inf)
-            .masked_fill(protected, math.inf)
-            .flip(0)
-            .argsort(descending=True, stable=True)
-        )
+        ranked = torch.full_like(rows, math.inf)  # the protected: nothing else is infinite, and NaN is last
+        ranked[~protected] = pool(rows[~protected], here[~protected], span).nan_to_num(nan=-math.inf)
+        order = ranked.flip(0).argsort(descending=True, stable=True)  # reversed: of equal scores the later comes first
         keep.append((start + length - 1 - order[:count]).sort().values)
         kept.append(count)
         start += length

@@ -59,10 +59,11 @@ def kept_by_sort(scores, positions, n, share):
     return sorted(protected + [-p for _, p in others[: count - len(protected)]])
 
 
-def loop_span_means(scores, positions, span):
-    """For each position the mean score of those of its span that are alive. Plain Python."""
-    members = {p: [s for s, q in zip(scores, positions) if q // span == p // span] for p in positions}
-    return [(torch.tensor(sum(m)) / len(m)).item() for m in members.values()]
+def loop_span_means(scores, positions, span, n):
+    """For each position the mean score of those of its span that are alive and may be dropped, 0 for the protected. Plain Python."""
+    may_drop = lambda p: 4 <= p < n - max(1, int(n * 0.1 + 0.5))  # noqa: E731
+    members = {p: [s for s, q in zip(scores, positions) if q // span == p // span and may_drop(q)] for p in positions}
+    return [(torch.tensor(sum(m)) / len(m)).item() if may_drop(p) else 0.0 for p, m in members.items()]
 
 
 def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
@@ -76,7 +77,7 @@ def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
             scores = scorers[layer](x, positions, [len(ids)], block).tolist()
             old = positions[:n][alive[:n]].tolist()
             alive[:n] = False
-            means = loop_span_means([scores[p] for p in old], old, schedule.span)
+            means = loop_span_means([scores[p] for p in old], old, schedule.span, n)
             alive[kept_by_sort(means, old, n, schedule[layer])] = True
         q, k, v = block.self_attn.qkv(block.input_layernorm(x), positions)
         layers.append((positions[alive], k, v))
@@ -191,14 +192,14 @@ def test_select_not_a_number(span):
 
 @given(st.data(), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.floats(0, 1), st.integers(2, 20))
 def test_select_spans(data, prompt_lens, share, span):
-    """With spans, select is the same sort after each score gave way to its span's mean, over what is alive of it."""
+    """With spans, select is the same sort after each score gave way to its span's mean, over what is alive of it and not protected."""
     parts, scores, wanted = [], [], []
     for n in prompt_lens:
         alive = [p for p in range(n) if is_protected(torch.tensor(p), n) or data.draw(st.booleans())]
         values = data.draw(st.lists(st.integers(-4, 4), min_size=len(alive), max_size=len(alive)))
         parts.append(alive)
         scores.append([float(v) for v in values])
-        wanted.append(kept_by_sort(loop_span_means(scores[-1], alive, span), alive, n, share))
+        wanted.append(kept_by_sort(loop_span_means(scores[-1], alive, span, n), alive, n, share))
     positions = torch.tensor(sum(parts, []))
     lens = [len(p) for p in parts]
     keep, kept = select(torch.tensor(sum(scores, [])), positions, share, lens, prompt_lens, span)
