@@ -334,7 +334,7 @@ def requests(peers, ids, schedules):
     asked = {}
     for name, peer in peers.items():
         for keep in ratios if name == "kvpress" else [None]:
-            more = {"compression_ratio": ratios[keep]} if keep else {}
+            more = {"compression_ratio": ratios[keep]} if keep is not None else {}
             asked[name, keep] = partial(peer.ask, ids=ids.tolist(), **more)
     return asked
 

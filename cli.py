@@ -73,7 +73,9 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+    mallopt(-3, 2**30) or mallopt(
+        -3, 2**25
+    )  # M_MMAP_THRESHOLD (older ones: at most 32 MiB): smaller come from the heap,
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks when that much is free at its end
 
 
@@ -150,7 +152,7 @@ def write_rows(path, rows, **more):
 
 
 def heads_and_schedule(config, model, keep=0.0, needed=True):
-    """(heads or None, Schedule) of a script's --heads; keep: another share for each of the stages, 0 for the heads' own."""
+    """(heads or None, Schedule) of a script's --heads; keep: the compute of the paper's stages with that share, 0 for the heads' own."""
     heads, schedule = None, Schedule(len(model.layers))
     if config.heads or needed:
         heads, schedule, _ = load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)

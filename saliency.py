@@ -112,7 +112,7 @@ def entropy_labels(model, ids, layers, seqlens, block=256):
                 entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
                 parts.append((1 - entropy).clamp(min=0))  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
-    return labels, states
+    return labels, {layer: x.detach() for layer, x in states.items()}
 
 
 # ---------------------------------------------------------------------------- figures 1 and 2

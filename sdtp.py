@@ -88,7 +88,10 @@ class Schedule(dict):
         return alive / self.num_hidden_layers
 
     def with_mean_share(self, mean):
-        """A Schedule of the same stages and span with another mean_share(): all shares raised to one power."""
+        """A Schedule of the same stages and span with another mean_share(): all shares raised to one power.
+
+        ValueError where no power gives it: below the first stage everything is alive.
+        """
 
         def powered(power):
             shares = {layer: share**power for layer, share in self.items()}
@@ -98,12 +101,16 @@ class Schedule(dict):
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if powered(middle).mean_share() > mean else (low, middle)
-        return powered(low)
+        if abs(powered(high).mean_share() - mean) > 1e-6:
+            raise ValueError(
+                f"stages at layers {list(self)} cannot keep a mean share of {mean:.3f}: start lower, or keep more"
+            )
+        return powered(high)
 
     def with_ratio(self, ratio):
         """with_mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
         layers = self.num_hidden_layers
-        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers // 2)).mean_share())
+        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share())
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""

@@ -98,7 +98,7 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "epochs": 1,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
-NOT_THE_RUN = ("out_dir", "resume", "json")  # flags that may differ between runs of equal outcome
+NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -254,6 +254,8 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             if count:
                 best = (pool(v.detach(), positions, schedule.span).topk(count).indices for v in (score, label))
                 terms["overlap"].append(torch.isin(*best).float().mean())
+    if not terms["overlap"]:  # only what is protected stays
+        terms["overlap"] = [torch.tensor(math.nan)]
     return {name: torch.stack(values).mean() for name, values in terms.items() if values}
 
 
@@ -338,14 +340,13 @@ def pack(model, examples, schedule, config):
     ]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    if missing:
-        _, seqlens, _, *marked = mark(model, [examples[i] for i in missing], layers, config)
+    if not all(path.is_file() for path in paths):  # then whole: a resumed run packs, and rounds, as an unbroken one
+        _, seqlens, _, *marked = mark(model, examples, layers, config)
         parts = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in marked]  # per prompt, its stages
-        for i, labels, states in zip(missing, *parts):
-            write_atomic(
-                paths[i], safetensors.torch.save({"labels": labels.contiguous(), "states": states.contiguous()})
-            )
+        for path, labels, states in zip(paths, *parts):
+            if not path.is_file():
+                tensors = {"labels": labels.contiguous(), "states": states.contiguous()}
+                write_atomic(path, safetensors.torch.save(tensors))
     try:
         files = [safetensors.torch.load_file(path) for path in paths]
     except SafetensorError as error:
@@ -403,6 +404,10 @@ def run_flags(config):
 def saved_flags(config):
     """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
     saved, default = read_json(Path(config.out_dir) / "config.json"), TrainConfig()
+    if unknown := run_flags(config).keys() - saved.keys():
+        raise ValueError(
+            f"--resume: the run in {config.out_dir} was begun by an older train.py, without --{min(unknown)}"
+        )
     for name, value in run_flags(config).items():
         if value not in (saved.get(name, value), getattr(default, name)):
             raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")
@@ -585,6 +590,10 @@ def check_flags(config):
         "divisor",
     )
     cli.at_least(0, config, "first_layer", "max_prompts", "matches", "list_power")
+    if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
+        raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
+    if config.distill and not config.lm_weight:
+        raise ValueError("--distill goes by --lm_weight, which is 0")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
 
@@ -611,11 +620,12 @@ def main():
     if config.resume:
         saved_flags(config)
     for name, value in PAPER.items() if config.paper else ():
-        setattr(config, name, value)
+        if getattr(config, name) == getattr(TrainConfig, name):  # what was asked for beside --paper stays
+            setattr(config, name, value)
     check_flags(config)
-    own_cache = str(Path(config.out_dir) / "labels")
-    if config.epochs > 1:
-        config.label_cache = config.label_cache or own_cache
+    own_cache = config.epochs > 1 and not config.label_cache
+    if own_cache:
+        config.label_cache = str(Path(config.out_dir) / "labels")
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly,pydoc,made")
     model, folder = cli.load_model(config)
     stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
@@ -643,8 +653,8 @@ def main():
     for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
     (out / "checkpoint.safetensors").unlink()
-    if config.label_cache == own_cache:
-        shutil.rmtree(own_cache)
+    if own_cache:
+        shutil.rmtree(config.label_cache)
     print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 

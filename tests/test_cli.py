@@ -40,6 +40,9 @@ def world(tmp_path_factory):
     for name, seed in {"tiny": 0, "other": 1}.items():
         model = tiny.randomise(Transformer.from_pretrained(folder / name, torch.float32), seed=seed)
         schedule = Schedule(5, {2: 0.5, 4: 0.3})
+        if name == "tiny":
+            few = Schedule(5, {2: 0.2})
+            save_heads(folder / "heads" / "few", {2: PruneHead(32)}, model, few, ckpt=name)
         save_heads(folder / "heads" / name, {layer: PruneHead(32) for layer in schedule}, model, schedule, ckpt=name)
     weights = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -105,6 +108,8 @@ MISTAKES = {
     "sample.py --prompt abc --heads heads/cut": "heads/cut",
     "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
     "sample.py --prompt abc --heads heads/tiny --keep 1.5": "is 1.5",
+    "train.py --data text.txt --list_weight 0": "all weights are 0",
+    "train.py --data text.txt --distill": "--distill goes by --lm_weight",
     "eval_tasks.py --text text.txt --heads heads/other": "another checkpoint",
     "eval_tasks.py --text nowhere.txt": "nowhere.txt does not exist",
     "eval_tasks.py --text text.txt --data pydoc": "--text",
@@ -186,8 +191,8 @@ def test_keep_at_the_floor_says_so(run):
         "tiny",
         "--prompt",
         "hello there, how are you today?",
-        "--keep",
-        0.05,
+        "--heads",
+        "heads/few",
         "--max_new_tokens",
         3,
         "--dtype",

@@ -468,6 +468,13 @@ def test_with_ratio():
                 assert sum(other.alive(10**6)) / 30 / 10**6 == pytest.approx(mean / 30, rel=1e-4)
 
 
+def test_mean_share_out_of_reach():
+    """Stages that begin too late for a mean share are refused by name, not run at another."""
+    assert Schedule(30, {15: 0.5}).with_mean_share(0.51).mean_share() == pytest.approx(0.51)
+    with pytest.raises(ValueError, match="layers .15. cannot keep a mean share of 0.475"):
+        Schedule(30, {15: 0.5}).with_mean_share(0.475)
+
+
 def test_score():
     """A head's score is keep minus drop logit in float32, of Linear(d/4 -> 2)(GELU(Linear(d -> d/4))), whatever dtype x has."""
     torch.manual_seed(0)
