@@ -33,7 +33,7 @@ from cli import clock
 from data import Example, read_text
 from download import DEFAULT
 from model import Config, RoPE, Transformer, auto_dtype
-from sdtp import PruneHead, Schedule, fingerprint, generate, prefill
+from sdtp import PruneHead, Schedule, executed_flops, fingerprint, generate, prefill
 from tokenizer import Tokenizer
 
 
@@ -87,31 +87,6 @@ PAPER_TABLE = {4: (72.51, 47.81), 8: (158.22, 102.01), 16: (369.22, 229.41), 32:
 
 
 # ---------------------------------------------------------------------------- FLOPs
-
-
-def pairs(positions, window=None):
-    """(query, key) pairs that causal attention over these ascending positions computes."""
-    n = len(positions)
-    if window is None:
-        return n * (n + 1) // 2
-    first = torch.searchsorted(positions, positions - window + 1)
-    return int((torch.arange(n, device=positions.device) - first + 1).sum())
-
-
-def executed_flops(config, cache, heads=None):
-    """(linear, attention, heads) FLOPs that a prefill ran, from the positions its cache holds (one prompt).
-
-    GQA widths, causal (or windowed) pairs at 4 D Hq each, LM head on the last row, pruning heads on the
-    rows that they scored.
-    """
-    alive = [layer.rows()[2] for layer in cache.layers]
-    linear = sum(config.linear_flops(len(p)) for p in alive) + 2 * config.vocab_size * config.hidden_size
-    attention = sum(
-        4 * config.head_dim * config.num_attention_heads * pairs(p, config.window(layer))
-        for layer, p in enumerate(alive)
-    )
-    scored = {layer: len(alive[layer - 1]) if layer else int(alive[0][-1]) + 1 for layer in heads or ()}
-    return linear, attention, sum(heads[layer].flops(rows) for layer, rows in scored.items())
 
 
 def paper_flops(config, lengths):
@@ -386,8 +361,9 @@ def speed(seconds, dense):
 def work(model, ids, heads=None, schedule=None):
     """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too."""
     cache = prefill(model, ids, heads, schedule)[1]
-    linear, attention, head = executed_flops(model.config, cache, heads)
-    alive = [lengths[0] for lengths in cache.seqlens()]
+    positions = [layer.rows()[2] for layer in cache.layers]
+    linear, attention, head = executed_flops(model.config, len(ids), positions, heads)
+    alive = [len(p) for p in positions]
     return {
         "linear_flops": linear + head,
         "attention_flops": attention,
@@ -620,7 +596,7 @@ def measure_profile(config, model, text, lengths, heads, schedules):
 
 def measure_batches(config, model, text, lengths, heads, schedules):
     """--batches: prints and returns the rows of throughput() for prompts of these lengths, the text's beginnings."""
-    sizes = numbers("batches", config.batches, int, lambda n: n > 0)
+    sizes = cli.numbers("batches", config.batches, int, lambda n: n > 0)
     prompts = [text[:n].to(config.device) for n in lengths]
     variants = {"dense": (None, None)} | {f"sdtp {keep:.3g}": (heads, s) for keep, s in schedules.items()}
     rows = throughput(model, prompts, variants, sizes, config.new_tokens, config.repeats)
@@ -652,21 +628,9 @@ def measure_marking(config, model, text, lengths, schedules):
 # ---------------------------------------------------------------------------- the command
 
 
-def numbers(flag, text, kind, fits):
-    """The comma list of a flag, as `kind`; ValueError for one that is not, or that does not fit."""
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = [None]
-    if not all(v is not None and fits(v) for v in values):
-        what = "whole numbers above 0" if kind is int else "numbers above 0 and at most 1"
-        raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
-    return values
-
-
 def load(config, positions):
     """(model, its checkpoint folder or None, a shape's config.json fields or None, heads, {keep: Schedule})."""
-    keeps = numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else []
+    keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else []
     folder = fields = heads = None
     if config.layers and not config.shape:
         raise ValueError("--layers is for --shape; a checkpoint runs whole")
@@ -702,7 +666,7 @@ def main():
         raise ValueError(f"--transformers, --peers and --figure are for the run by length, without --{special[0]}")
     if config.peers and config.shape:
         raise ValueError("--peers read the checkpoint's folder; --shape has none")
-    lengths = numbers("lengths", config.lengths, int, lambda n: n > 0)
+    lengths = cli.numbers("lengths", config.lengths, int, lambda n: n > 0)
     if config.batches:
         torch.manual_seed(config.seed)
         lengths = torch.randint(200, 2001, (16,)).tolist()

@@ -93,6 +93,18 @@ def at_least(minimum, config, *names):
             raise ValueError(f"--{name} {getattr(config, name)}: at least {minimum} is needed")
 
 
+def numbers(flag, text, kind, fits):
+    """The comma list of a flag, as `kind`; ValueError for one that is not, or that does not fit."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = [None]
+    if not all(v is not None and fits(v) for v in values):
+        what = "whole numbers above 0" if kind is int else "numbers above 0 and at most 1"
+        raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
+    return values
+
+
 def load_model(config):
     """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device; resolves config.device."""
     dtype = device_and_dtype(config)

@@ -80,17 +80,34 @@ NEEDLES = (  # (statement, question): to train on, and to measure on, in other w
         ("The parcel for {name} has the number {value}.", "What is the number of the parcel for {name}?"),
         ("The code {value} opens the locker of {name}.", "Which code opens the locker of {name}?"),
         ("{name} paid {value} crowns for the house.", "How many crowns did {name} pay for the house?"),
+        ("In the year {value}, {name} will be remembered by all.", "In which year will {name} be remembered?"),
+        ("The telephone number of {name} is {value}.", "What is {name}'s telephone number?"),
+        ("Please note: the ticket of {name} carries the serial {value}.", "Which serial is on the ticket of {name}?"),
+        ("{value} is the password that {name} chose.", "Which password did {name} choose?"),
+        ("From here to the farm of {name} it is {value} steps.", "How many steps is it to the farm of {name}?"),
+        ("{name} lives in apartment {value} of the new building.", "Which apartment does {name} live in?"),
+        ("The final score of {name} was {value} points.", "How many points did {name} score in the end?"),
+        ("Invoice {value} was sent to {name} last week.", "Which invoice was sent to {name}?"),
     ),
     (
         (
             "One of the special magic numbers for {name} is: {value}.",
             "What is the special magic number for {name} mentioned in the text? The special magic number is",
         ),
+        ("The vault of {name} is unlocked with {value}.", "With what is the vault of {name} unlocked?"),
+        ("A scale showed that {name} weighs {value} grams.", "How many grams does {name} weigh?"),
+        ("Flight {value} is flown by captain {name}.", "Which flight is flown by captain {name}?"),
     ),
 )
 NAMES = (
-    "Ada Bruno Clara Dmitri Elena Farid Greta Hiro Ines Jonas Katya Luis Mina Nils Olga Pedro".split(),
-    "amber-falcon brisk-harbor coral-lantern dusty-meadow early-willow frozen-anchor gentle-comet hollow-cedar".split(),
+    (
+        "Ada Bruno Clara Dmitri Elena Farid Greta Hiro Ines Jonas Katya Luis Mina Nils Olga Pedro Quentin Rosa Stefan"
+        " Tamara Ulrich Vera Walter Xenia Yusuf Zoe"
+    ).split(),
+    (
+        "amber-falcon brisk-harbor coral-lantern dusty-meadow early-willow frozen-anchor gentle-comet hollow-cedar"
+        " ivory-canyon jolly-otter keen-lighthouse lunar-orchard misty-bridge noble-heron olive-summit quiet-glacier"
+    ).split(),
 )
 
 
@@ -101,12 +118,15 @@ def chat_prompt(text, tokenizer):
     return tokenizer.encode(text + "\n\n")
 
 
-def text_parts(text, tokenizer, tokens, count):
-    """Up to `count` (half, half) texts of that many tokens, spread over the text, split between sentences at spread depths."""
+def text_parts(text, tokenizer, tokens, count, overlap=False):
+    """Up to `count` (half, half) texts of that many tokens, spread over the text, split between sentences at spread depths.
+
+    overlap: as many as asked for where the text is too short for them to be apart.
+    """
     if tokens < 1:
         raise ValueError(f"made prompts need more than 64 tokens, not {tokens + 64}")
     ids = tokenizer.encode(text, add_special_tokens=False)
-    count = min(count, len(ids) // tokens)
+    count = count * (len(ids) > tokens) if overlap else min(count, len(ids) // tokens)
     for i in range(count):
         start = i * (len(ids) - tokens) // count
         part = tokenizer.decode(ids[start : start + tokens])
@@ -115,12 +135,15 @@ def text_parts(text, tokenizer, tokens, count):
         yield part[:cut].strip(), part[cut:].strip()
 
 
-def needle_examples(text, tokenizer, prompt_len, count, held_out=False, seed=0):
-    """Up to `count` Examples of about prompt_len tokens: one statement between two sentences of a text, then a question for it."""
+def needle_examples(text, tokenizer, prompt_len, count, held_out=False, seed=0, overlap=False):
+    """Up to `count` Examples of about prompt_len tokens: one statement between two sentences of a text, then a question for it.
+
+    overlap: see text_parts().
+    """
     draw, examples = random.Random(seed), []
-    for before, after in text_parts(text, tokenizer, prompt_len - 64, count):
+    for before, after in text_parts(text, tokenizer, prompt_len - 64, count, overlap):
         (statement, question), name = draw.choice(NEEDLES[held_out]), draw.choice(NAMES[held_out])
-        value = str(draw.randint(10000, 99999))
+        value = str(2 * draw.randint(5000, 49999) + held_out)  # odd ones are held out
         body = f"{before} {statement.format(name=name, value=value)} {after}\n\n{question.format(name=name)}"
         response = tokenizer.encode(value, add_special_tokens=False)
         examples.append(Example(chat_prompt(body, tokenizer), response))

@@ -1,12 +1,23 @@
-"""What pruning costs: loss and perplexity of responses after a dense and after a pruned prompt.
+"""What pruning costs: responses' perplexity, or needles found, after a dense and after a pruned prompt.
 
-python eval_tasks.py --tasks ppl --text FILE.txt      # windows of plain text
-python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's fields
+python eval_tasks.py --text FILE.txt                       # perplexity: windows of plain text
+python eval_tasks.py --data FILE.jsonl --keep 0.9,0.8      # held-out rows in Dolly's fields, at two budgets
+python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
+
+All methods of a table execute the same prefill FLOPs at the median prompt. --rows FILE.jsonl keeps what every prompt
+gave: a killed run goes on, and a method can be added later to the same prompts.
 """
 
+import hashlib
+import json
 import math
+import os
+import re
 import statistics
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +33,9 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from model import KVCache
-from sdtp import Schedule, prefill, protected_count, select
+from sdtp import (
+    Schedule, alive_count, executed_flops, fingerprint, generate, heads_bytes, paper_stages, prefill, protected_count, select,
+)  # fmt: skip
 from tokenizer import Tokenizer
 
 SCORERS = {  # training-free, at the stages of the heads
@@ -35,23 +48,31 @@ SCORERS = {  # training-free, at the stages of the heads
     "last_attention_best3": scorers.last_attention(8, 3),
     "accumulated_attention": scorers.accumulated_attention,
 }
-PEERS = ("lazyllm", "fastkv", "gemfilter", "self_information")  # whole policies, at stages of their own
+PEERS = {  # whole policies, at stages of their own: what ranks
+    "lazyllm": scorers.last_attention(1),
+    "fastkv": scorers.last_attention(8, pool=7),  # maximum over 7 neighbours
+    "gemfilter": None,
+    "self_information": None,
+}
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
-KNOWN = (*METHODS, *SCORERS, *PEERS)
+KNOWN = (*dict.fromkeys((*METHODS, *SCORERS, *PEERS)),)
+GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
+MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it
 
 
 @dataclass
 class EvalConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: heads/CKPT)
-    tasks: str = "ppl"  # ppl
-    text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file
+    tasks: str = "ppl"  # ppl or needle
+    text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
-    methods: str = ",".join(METHODS)  # in one run; NAME@16 has spans of 16; floor: only protected tokens stay
-    keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule, or 0.9)
+    methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at layer 2
+    keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
-    limit: int = 64  # prompts at most
+    limit: int = 64  # prompts at most (needle: of each length)
+    lengths: str = "1024,2048,4096"  # needle: tokens of a prompt
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
     score_len: int = 128  # tokens scored after it (rows: at most, lest a few that repeat their prompt outweigh all)
     min_prompt: int = 200  # rows: shorter prompts are left out
@@ -60,7 +81,11 @@ class EvalConfig:
     seed: int = 0  # of method random
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+    rows: str = ""  # .jsonl file of every prompt's results: what it holds is not computed again
     json: str = ""  # file for the table's rows
+
+
+# ---------------------------------------------------------------------------- running a batch
 
 
 def score(model, examples, rankers=None, schedule=None):
@@ -84,220 +109,399 @@ def score(model, examples, rankers=None, schedule=None):
     return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds
 
 
-def policy(method, model, schedule, heads, generator):
-    """({layer: scorer}, Schedule) of a method NAME or NAME@SPAN, by default with the span of the schedule."""
-    name, _, span = method.partition("@")
-    layers, mean = len(model.layers), schedule.mean_share()
-    if name == "lazyllm":  # the last token's attention, dropping more and more
-        schedule, scorer = Schedule(layers).with_mean_share(mean), scorers.last_attention(1)
-    elif name == "fastkv":  # one cut in the middle by the last 8 tokens' attention, maximum over 7 neighbours
-        schedule, scorer = Schedule(layers, {layers // 2: 0.5}).with_mean_share(mean), scorers.last_attention(8, pool=7)
-    elif name == "self_information":
-        schedule, scorer = Schedule(layers, {0: mean}), None
-    elif name == "floor":
-        schedule, scorer = Schedule(layers, {min(schedule): 0.0}), scorers.most_recent
-    else:
-        scorer = scorers.random(generator) if name == "random" else SCORERS.get(name)
-    if name in PEERS or span:
-        schedule = Schedule(layers, schedule, span=int(span or 1))
-    return heads if name == "sdtp" else dict.fromkeys(schedule, scorer), schedule
+def perplexity_results(model, examples, rankers=None, schedule=None):
+    """score() as results: value is the nats of a response, count its tokens."""
+    nats, alive, seconds = score(model, examples, rankers, schedule)
+    return [
+        {"value": n.sum().item(), "count": len(n), "alive": a, "seconds": seconds / len(nats)}
+        for n, a in zip(nats, alive)
+    ]
 
 
-def perplexity(
-    model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0, batch_size=1
-):
-    """One flat row per method: every batch of batch_size examples is run by every method in turn, dense first.
+def needle_results(tokenizer, model, examples, rankers=None, schedule=None):
+    """Pruned prefill, then greedy decoding: value is 1 where the answer holds the response as a whole word, count is 1."""
+    new_tokens = max(len(e.response) for e in examples) + MORE_TOKENS
+    cache, seqlens = KVCache(len(model.layers), extra=new_tokens), [len(e.prompt) for e in examples]
+    ticks = [clock(model)]
+    ids = torch.tensor([t for e in examples for t in e.prompt], device=model.device)
+    outputs = generate(
+        model, ids, new_tokens, rankers, schedule, seqlens=seqlens, cache=cache,
+        eos_token_ids=tokenizer.eos_token_ids, on_token=lambda _: ticks.append(clock(model)),
+    )  # fmt: skip
+    results = []
+    for example, output, held in zip(examples, outputs, zip(*cache.seqlens())):
+        answer, wanted = tokenizer.decode(output), tokenizer.decode(example.response).strip()
+        hit = re.search(rf"\b{re.escape(wanted)}\b", answer)
+        alive = [n - (len(ticks) - 2) for n in held]  # the last new token is in no cache
+        seconds = (ticks[1] - ticks[0]) / len(examples)
+        results.append({"value": int(bool(hit)), "count": 1, "alive": alive, "seconds": seconds, "answer": answer})
+    return results
 
-    loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1;
-    mean_alive: share of the prompt alive, mean over layers; compression: its inverse (the paper's 1/tau);
-    prefill_speedup: median over batches of dense seconds / method's seconds; at_floor: share of the examples
-    of which only the protected tokens are left at the last layer. low, high: 95 % bootstrap interval of ppl_diff
-    over the examples, paired; over_sdtp, over_sdtp_low, over_sdtp_high: ppl / sdtp's ppl - 1 likewise.
-    flops_share: block FLOPs of the prefill over dense's, a filtering pass included.
-    ValueError for an unknown method or no example.
+
+# ---------------------------------------------------------------------------- methods, and their compute
+
+
+def parse(method):
+    """(name, span or None, layer or None) of NAME, NAME@SPAN or NAME@SPAN@LAYER; ValueError for any other."""
+    name, *numbers = method.split("@")
+    fits = len(numbers) <= 2 and all(n.isdecimal() for n in numbers) and 0 not in map(int, numbers[:1])
+    if name not in KNOWN or not fits:
+        forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2"
+        raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; {forms})")
+    if numbers and name == "dense" or len(numbers) == 2 and name in ("sdtp", "floor", *PEERS):
+        raise ValueError(f"method {method!r}: {name} has " + ("no stages" if name == "dense" else "stages of its own"))
+    span, layer = (*map(int, numbers), None, None)[:2]
+    return name, span, layer
+
+
+def filter_depth(config):
+    """Layers of GemFilter's first pass."""
+    return max(1, round(GEMFILTER_LAYER * config.num_hidden_layers))
+
+
+def filtering_flops(name, config, n):
+    """Executed FLOPs of a method's pass over a prompt of n tokens before the prefill proper."""
+    if name == "gemfilter":
+        return sum(executed_flops(config, n, [n] * filter_depth(config), logit_rows=0))
+    return sum(executed_flops(config, n, [n] * config.num_hidden_layers, logit_rows=n)) * (name == "self_information")
+
+
+def flops_share(method, config, lens, alive, heads=None):
+    """Executed FLOPs of a method's prefills of prompts of `lens` tokens over dense's: sdtp's heads and a filtering pass count.
+
+    alive: tokens per layer, of each prompt. What training-free scorers compute is not counted, which is generous to them.
     """
-    check_methods(methods)
+    name, total, dense = parse(method)[0], 0, 0
+    for n, counts in zip(lens, alive):
+        total += sum(executed_flops(config, n, counts, heads if name == "sdtp" else None))
+        total += filtering_flops(name, config, n)
+        dense += sum(executed_flops(config, n, [n] * config.num_hidden_layers))
+    return total / dense
+
+
+def policy(method, config, schedule, heads, n, keep=0.0):
+    """A method's Schedule, None for dense: its stages, with the shares at which a prompt of n tokens costs the budget.
+
+    schedule, heads: sdtp's; training-free scorers have its stages, or one of their own, and its span, peers spans of 1.
+    keep: the budget is the paper's stages' with that share; at 0 it is what sdtp costs.
+    self_information, whose filtering pass alone costs more than dense, has the budget beside it.
+    ValueError where these stages cannot be had for it.
+    """
+    (name, span, layer), layers = parse(method), config.num_hidden_layers
+    if name == "dense":
+        return None
+    own = {
+        "lazyllm": paper_stages(layers),  # dropping more and more
+        "fastkv": {layers // 2: 0.5},  # one cut in the middle
+        "gemfilter": {0: 0.5},  # of what its second pass reads
+        "self_information": {0: 0.5},
+        "floor": {min(schedule): 0.0},
+    }
+    shares = own.get(name, schedule) if layer is None else {layer: 0.5}
+    stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span))
+    if name == "floor":
+        return stages
+
+    def cost(method, stages):
+        return flops_share(method, config, [n], [stages.alive(n)], heads)
+
+    budget = cost("dense", paper_stages(layers, keep)) if keep else cost("sdtp", schedule)
+    if name == "self_information":
+        budget += cost(method, stages) - cost("dense", stages)
+    try:
+        return stages.fitted(partial(cost, method), budget)
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
+
+
+def given_scores(name, model, batch, layers, teacher, label_loss):
+    """{layer: (N,) scores by position for each example}: the teacher's at these layers, self-information, or GemFilter's at 0."""
+    parts = [e.prompt + e.response if name == "teacher" else e.prompt for e in batch]
+    ids, seqlens = torch.tensor([t for part in parts for t in part], device=model.device), [len(p) for p in parts]
+    if name == "teacher":
+        starts = [len(e.prompt) for e in batch] if label_loss == "response" else None
+        labels = saliency.label(model, ids, layers, teacher, seqlens, starts)
+        return {layer: s.split(seqlens) for layer, s in labels.items()}
+    scored = scorers.self_information if name == "self_information" else gemfilter_scores
+    return {0: scored(model, ids, seqlens).split(seqlens)}
+
+
+@torch.no_grad()
+def gemfilter_scores(model, ids, seqlens):
+    """(T,) scores of GemFilter (Shi et al. 2024) after a first pass through some layers."""
+    x, positions, depth = model.embed(ids), model.positions(seqlens), filter_depth(model.config)
+    for block in model.layers[:depth]:
+        x = block(x, positions, seqlens)
+    return scorers.last_query()(x, positions, seqlens, model.layers[depth])
+
+
+def gemfilter(example, scores, stages):
+    """The Example whose prompt is what the scores have chosen, to be read by a second pass at new positions."""
+    n = [len(example.prompt)]
+    keep, _ = select(scores, torch.arange(n[0], device=scores.device), stages[0], n, n, stages.span)
+    return Example([example.prompt[i] for i in keep.tolist()], example.response)
+
+
+def run_method(run, method, model, examples, stages, keys, heads, given):
+    """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
+    name, scorer = parse(method)[0], None
+    if name == "gemfilter":
+        return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
+    if name == "random":
+        scorer = scorers.random(*(torch.Generator().manual_seed(int(key[:15], 16)) for key in keys))
+    elif not given:
+        scorer = (SCORERS | PEERS | {"floor": scorers.most_recent}).get(name)
+    rankers = heads if name == "sdtp" else dict.fromkeys(stages or (), scorer)
+    if given:
+        rankers = {layer: scorers.from_labels(given[layer]) for layer in stages}
+    return run(model, examples, rankers, stages)
+
+
+# ---------------------------------------------------------------------------- every prompt's result
+
+
+class Results(dict):
+    """{key: result of one prompt by one method}, each appended to a .jsonl file (none without a path) as it comes.
+
+    A torn last line, of a run that was killed, is cut off. ValueError names another line that is no result.
+    """
+
+    def __init__(self, path=""):
+        super().__init__()
+        self.path = path
+        if not path or not Path(path).exists():
+            return
+        *lines, torn = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                result = json.loads(line)
+                self[result["key"]] = result
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}: not a result of eval_tasks.py") from None
+        if torn:
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+
+    def add(self, result):
+        self[result["key"]] = result
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def evaluate(
+    run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher="grad_norm",
+    label_loss="response", seed=0, batch_size=1, rows="",
+):  # fmt: skip
+    """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
+
+    run: perplexity_results, or needle_results of a tokenizer; task: its name in the file `rows` (see Results); keeps:
+    budgets, see policy(). A method that cannot meet one is left out of it, and says so.
+    ValueError for an unknown method, no example, or no heads for sdtp.
+    """
+    depth = model.config.num_hidden_layers
+    if outside := [method for method in methods if (parse(method)[2] or 0) >= depth]:
+        raise ValueError(f"method {outside[0]!r}: the model has layers 0 to {depth - 1}")
     if not examples:
         raise ValueError("no prompt to evaluate on")
     if needs_heads(methods) and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
-    methods = list(dict.fromkeys(["dense", *methods]))
-    generator = torch.Generator().manual_seed(seed)
-    policies = {m: policy(m, model, schedule, heads, generator) for m in methods}
-    policies["dense"] = (None, None)
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    results = {m: [] for m in methods}
-    for batch in tqdm([batches[0], *batches], desc="perplexity", disable=None):  # the first run is a warm-up
-        shared = {}  # what several methods rank by: computed once a batch
-        for method in methods:
-            rankers, stages = policies[method]
-            name, pruned = method.partition("@")[0], batch
-            if name in ("teacher", "self_information"):
-                if name not in shared:
-                    shared[name] = given_labels(name, model, batch, schedule, teacher, label_loss)
-                rankers = {layer: scorers.from_labels(shared[name][layer]) for layer in stages}
-            if name == "gemfilter":
-                pruned = [gemfilter(model, e, schedule.mean_share(), stages.span) for e in batch]
-                rankers = stages = None
-            results[method].append(score(model, pruned, rankers, stages))
-    table = {method: summary(method, model.config, results[method][1:], examples) for method in methods}
-    nats = {method: [n.sum().item() for r in results[method][1:] for n in r[0]] for method in methods}
-    dense_flops = table["dense"]["flops_share"]
-    for method, row in table.items():
-        row |= compare(row, nats[method], table["dense"], nats["dense"], ("ppl_diff", "low", "high"), examples)
-        row["loss_diff"] = row["loss"] - table["dense"]["loss"]
-        row["prefill_speedup"] = statistics.median(
-            d[2] / r[2] for d, r in zip(results["dense"][1:], results[method][1:])
-        )
-        row["flops_share"] /= dense_flops
-        if "sdtp" in methods:
-            fields = ("over_sdtp", "over_sdtp_low", "over_sdtp_high")
-            row |= compare(row, nats[method], table["sdtp"], nats["sdtp"], fields, examples)
-    return list(table.values())
-
-
-def given_labels(name, model, batch, schedule, teacher, label_loss):
-    """{layer: (N,) scores by position for each example}: the teacher's at the schedule's layers, or self-information at 0."""
-    parts = [e.prompt + e.response if name == "teacher" else e.prompt for e in batch]
-    ids, seqlens = torch.tensor([t for part in parts for t in part], device=model.device), [len(p) for p in parts]
-    if name == "self_information":
-        return {0: scorers.self_information(model, ids, seqlens).split(seqlens)}
-    starts = [len(e.prompt) for e in batch] if label_loss == "response" else None
-    labels = saliency.label(model, ids, list(schedule), teacher, seqlens, starts)
-    return {layer: s.split(seqlens) for layer, s in labels.items()}
-
-
-GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
-
-
-def gemfilter(model, example, mean_share, span=1):
-    """GemFilter (Shi et al. 2024): the Example whose prompt is what a first pass through some layers has chosen, at new positions.
-
-    mean_share: compute of both passes together, in dense prefills; what the first leaves of it is kept of the prompt.
-    ValueError where it leaves nothing.
-    """
-    layers, n = len(model.layers), len(example.prompt)
-    depth = max(1, round(GEMFILTER_LAYER * layers))
-    share = mean_share - depth / layers
-    if share <= 0:
-        raise ValueError(
-            f"gemfilter: its first pass of {depth} of {layers} layers costs more than {mean_share:.2f} prefills"
-        )
-    ids = torch.tensor(example.prompt, device=model.device)
-    x, positions = model.embed(ids), model.positions([n])
-    with torch.no_grad():
-        for block in model.layers[:depth]:
-            x = block(x, positions, [n])
-        scores = scorers.last_query()(x, positions, [n], model.layers[depth])
-    keep, _ = select(scores, positions, share, [n], [n], span)
-    return Example(ids[keep].tolist(), example.response)
-
-
-def summary(method, config, results, examples):
-    """The table row of one method but for what compares it with others; results: score() of each batch."""
-    nats = torch.cat([n for r in results for n in r[0]])
-    counts = [layers for r in results for layers in r[1]]  # per example
-    prompt_tokens = sum(len(e.prompt) for e in examples)
-    alive = sum(sum(c) / len(c) for c in counts) / prompt_tokens
-    flops = sum(block_flops(config, n) for layers in counts for n in layers)
-    layers = config.num_hidden_layers  # of a filtering pass
-    first = {"gemfilter": max(1, round(GEMFILTER_LAYER * layers)), "self_information": layers}
-    flops += first.get(method.partition("@")[0], 0) * sum(block_flops(config, len(e.prompt)) for e in examples)
-    loss = nats.mean().item()
-    return {
-        "method": method,
-        "prompts": len(examples),
-        "prompt_tokens": prompt_tokens,
-        "scored_tokens": len(nats),
-        "loss": loss,
-        "ppl": math.exp(loss),
-        "mean_alive": alive,
-        "compression": 1 / alive,
-        "flops_share": flops,
-        "at_floor": sum(c[-1] == protected_count(len(e.prompt)) for c, e in zip(counts, examples)) / len(examples),
+    n, policies = int(statistics.median(len(e.prompt) for e in examples)), {}
+    for keep in keeps:
+        for method in dict.fromkeys(["dense", *methods]):
+            try:
+                policies[keep, method] = policy(method, model.config, schedule, heads, n, keep)
+            except ValueError as error:
+                print(f"{error} (left out{f' of --keep {keep:g}' * bool(keep)})", flush=True)
+    own = {  # what else a method's results depend on
+        "sdtp": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(),
+        "random": seed,
+        "teacher": [teacher, label_loss],
     }
+    base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
+
+    def key(example, method, stages):
+        name, prompt = parse(method)[0], len(example.prompt)
+        kept = stages and [[layer, alive_count(prompt, share)] for layer, share in stages.items()]
+        parts = [*base, example, name, kept, stages and stages.span, own.get(name)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    keys = {which: [key(e, which[1], stages) for e in examples] for which, stages in policies.items()}
+    labelled = {layer for (_, m), stages in policies.items() if parse(m)[0] == "teacher" for layer in stages}
+    results = Results(rows)
+    if any(k not in results for column in keys.values() for k in column):
+        run(model, examples[:1])  # a warm-up
+    for start in tqdm(range(0, len(examples), batch_size), desc=task, disable=None):
+        batch, shared = examples[start : start + batch_size], {}  # shared: what methods rank by, once a batch
+        for (keep, method), stages in policies.items():
+            todo = {keys[keep, method][start + i]: i for i in range(len(batch))}
+            todo = {k: i for k, i in todo.items() if k not in results}
+            if not todo:
+                continue
+            name, given = parse(method)[0], None
+            if name in ("teacher", "self_information", "gemfilter"):
+                if name not in shared:
+                    shared[name] = given_scores(name, model, batch, sorted(labelled), teacher, label_loss)
+                given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
+            found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
+            for k, result in zip(todo, found):
+                results.add({"key": k, "keep": keep, "method": method, **result})
+    return {which: [results[k] for k in column] for which, column in keys.items()}
 
 
-def block_flops(config, n):
-    """FLOPs of one block on n rows, causal attention (a window aside)."""
-    return config.linear_flops(n) + 2 * config.head_dim * config.num_attention_heads * n * (n + 1)
+# ---------------------------------------------------------------------------- tables
 
 
-def compare(row, nats, base, base_nats, fields, examples):
-    """{field: ppl / base's ppl - 1, low, high}: the 95 % percentile bootstrap interval over examples, paired."""
+def perplexity(model, examples, methods, schedule, heads=None, **settings):
+    """One flat row per method and budget: see table(), and evaluate() for the settings.
 
-    def difference(a, b, tokens, axis):
-        return np.expm1((a.sum(axis) - b.sum(axis)) / tokens.sum(axis))
+    loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1, with
+    its interval low, high; over_sdtp: ppl / sdtp's ppl - 1 likewise.
+    """
+    results = evaluate(perplexity_results, "perplexity", model, examples, methods, schedule, heads, **settings)
+    rows = table(results, model.config, examples, heads, np.expm1)
+    for row in rows:
+        loss, diff = row.pop("value"), row.pop("diff")
+        row |= {"loss": loss, "ppl": math.exp(loss), "ppl_diff": diff, "loss_diff": math.log1p(diff)}
+        row["scored_tokens"] = sum(len(e.response) for e in examples)
+    return rows
 
-    low = high = value = math.expm1(row["loss"] - base["loss"])
-    if len(examples) > 1 and nats != base_nats:
-        samples = [np.array(v, dtype=float) for v in (nats, base_nats, [len(e.response) for e in examples])]
-        found = bootstrap(samples, difference, paired=True, n_resamples=2000, method="percentile", rng=0)
-        low, high = found.confidence_interval
-    return dict(zip(fields, (value, float(low), float(high))))
+
+def needle(tokenizer, model, examples, methods, schedule, heads=None, **settings):
+    """One flat row per method and budget: see table(), and evaluate() for the settings.
+
+    accuracy: share of the prompts with an exact match; accuracy_diff = accuracy - dense's, with its interval low, high;
+    over_sdtp: accuracy - sdtp's likewise; dense_fails: dense finds fewer than half, so that nothing is to be learnt.
+    """
+    run = partial(needle_results, tokenizer)
+    results = evaluate(run, "needle", model, examples, methods, schedule, heads, **settings)
+    rows = table(results, model.config, examples, heads, lambda difference: difference)
+    fails = rows[0]["value"] < 0.5
+    for row in rows:
+        row |= {"accuracy": row.pop("value"), "accuracy_diff": row.pop("diff"), "dense_fails": fails}
+    return rows
 
 
-def check_methods(methods):
-    """ValueError for a method that is not one of KNOWN, or has a span that is none."""
-    for method in methods:
-        name, at, span = method.partition("@")
-        if name not in KNOWN or (at and (name == "dense" or not span.isdecimal() or int(span) < 1)):
-            raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
+def table(results, config, examples, heads, difference):
+    """Rows from evaluate()'s results, one budget after the other, each with dense first.
+
+    value: sum of the results' values over that of their counts; diff, low, high: see compare(), with dense;
+    over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp. mean_alive: share of the prompt alive, mean over
+    layers; compression: its inverse (the paper's 1/tau); flops_share: see flops_share();
+    prefill_speedup: median over prompts of dense seconds / method's seconds, filtering passes aside; at_floor: share
+    of the examples of which only the protected tokens are left at the last layer.
+    """
+    lens, rows = [len(e.prompt) for e in examples], []
+    for (keep, method), found in results.items():
+        alive, dense = [r["alive"] for r in found], results[keep, "dense"]
+        mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
+        row = {
+            "method": method,
+            "keep": keep,
+            "prompts": len(lens),
+            "prompt_tokens": sum(lens),
+            "value": sum(r["value"] for r in found) / sum(r["count"] for r in found),
+            "mean_alive": mean_alive,
+            "compression": 1 / mean_alive,
+            "flops_share": flops_share(method, config, lens, alive, heads),
+            "at_floor": sum(a[-1] == protected_count(n) for a, n in zip(alive, lens)) / len(lens),
+            "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
+        }
+        row |= zip(("diff", "low", "high"), compare(found, dense, difference))
+        if sdtp := results.get((keep, "sdtp")):
+            row |= zip(("over_sdtp", "over_sdtp_low", "over_sdtp_high"), compare(found, sdtp, difference))
+        rows.append(row)
+    return rows
+
+
+def compare(found, base, difference):
+    """difference() of two methods' means of value over count, with the bounds of its 95 % percentile bootstrap interval.
+
+    found, base: results of the same examples, which are drawn together.
+    """
+
+    def statistic(a, b, count, axis=-1):
+        return difference((a.sum(axis) - b.sum(axis)) / count.sum(axis))
+
+    columns = [[r["value"] for r in found], [r["value"] for r in base], [r["count"] for r in base]]
+    samples = [np.array(column, dtype=float) for column in columns]
+    value = low = high = float(statistic(*samples))
+    if len(found) > 1 and columns[0] != columns[1]:
+        drawn = bootstrap(samples, statistic, paired=True, n_resamples=2000, method="percentile", rng=0)
+        low, high = map(float, drawn.confidence_interval)
+    return value, low, high
 
 
 def needs_heads(methods):
-    return any(method.partition("@")[0] == "sdtp" for method in methods)
+    return any(parse(method)[0] == "sdtp" for method in methods)
 
 
 def print_table(rows):
-    """The rows of perplexity(), aligned."""
-    print(
-        f"{'method':<24} {'loss':>7} {'ppl':>8} {'ppl diff':>9} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
-        f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
-    )
-    for r in rows:
-        over = "" if "over_sdtp" not in r else f"{r['over_sdtp']:+.1%}"
-        span = "" if "over_sdtp" not in r else f"[{r['over_sdtp_low']:+.1%}, {r['over_sdtp_high']:+.1%}]"
+    """The rows of perplexity() or needle(), aligned, budget by budget."""
+    found, bounds = "accuracy" in rows[0], "[{:+.1%}, {:+.1%}]".format
+    value = f"{'accuracy':>9} {'diff':>9}" if found else f"{'loss':>7} {'ppl':>8} {'ppl diff':>9}"
+    for keep, part in groupby(rows, lambda row: row["keep"]):
+        if keep:
+            print(f"at the FLOPs of the paper's stages with r = {keep:g}")
         print(
-            f"{r['method']:<24} {r['loss']:7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%} "
-            f"{'[{:+.1%}, {:+.1%}]'.format(r['low'], r['high']):>18} {over:>10} {span:>18} {r['mean_alive']:11.3f} "
-            f"{r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
-            + " at the floor"
-            * (r["at_floor"] == 1)
+            f"{'method':<26} {value} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
+            f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
         )
+        for r in part:
+            over = f"{r['over_sdtp']:+.1%}" if "over_sdtp" in r else ""
+            span = bounds(r["over_sdtp_low"], r["over_sdtp_high"]) if over else ""
+            cells = f"{r['accuracy']:9.1%} {r['accuracy_diff']:+9.1%}" if found else ""
+            cells = cells or f"{r['loss']:7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%}"
+            print(
+                f"{r['method']:<26} {cells} {bounds(r['low'], r['high']):>18} {over:>10} {span:>18}"
+                f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
+                f"{' at the floor' * (r['at_floor'] == 1)}"
+            )
     first = rows[0]
-    print(
-        f"{first['prompts']} prompts of {first['prompt_tokens'] / first['prompts']:.0f} tokens on average, {first['scored_tokens']} tokens scored",
-        flush=True,
-    )
+    scored = ", dense below 50 %" * first["dense_fails"] if found else f", {first['scored_tokens']} tokens scored"
+    mean = first["prompt_tokens"] / first["prompts"]
+    print(f"{first['prompts']} prompts of {mean:.0f} tokens on average{scored}", flush=True)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def prompts(config, tokenizer):
+    """{length, or 0 for perplexity: Examples} by the flags."""
+    if config.tasks == "needle":
+        text, lengths = data.read_text(config.text), cli.numbers("lengths", config.lengths, int, lambda n: n > 0)
+        return {n: data.needle_examples(text, tokenizer, n, config.limit, held_out=True, overlap=True) for n in lengths}
+    if config.text:
+        windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
+        count = min(config.limit, len(windows))
+        return {0: [windows[i * len(windows) // count] for i in range(count)]}
+    limits = (config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
+    return {0: data.load(config.data, tokenizer, *limits)[1][: config.limit]}
 
 
 def main():
     config = cli.parse(EvalConfig, __doc__)
-    if config.tasks != "ppl":
-        raise ValueError(f"--tasks {config.tasks}: choose ppl")
-    if bool(config.text) == bool(config.data):
-        raise ValueError("give --text FILE or --data SOURCE")
+    if config.tasks not in ("ppl", "needle"):
+        raise ValueError(f"--tasks {config.tasks}: choose ppl or needle")
+    if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
+        raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
     cli.at_least(1, config, "limit", "prompt_len", "score_len", "batch_size")
+    keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     methods = config.methods.split(",")
-    check_methods(methods)
+    needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
     model, folder = cli.load_model(config)
-    tokenizer = Tokenizer(folder)
-    heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=needs_heads(methods))
-    if config.text:
-        windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
-        count = min(config.limit, len(windows))
-        examples = [windows[i * len(windows) // count] for i in range(count)]
-    else:
-        _, held_out = data.load(
-            config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
-        )
-        examples = held_out[: config.limit]
-    rows = perplexity(
-        model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size
-    )
-    print_table(rows)
-    cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)
+    tokenizer, rows = Tokenizer(folder), []
+    heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
+    names = ("teacher", "label_loss", "seed", "batch_size", "rows")
+    settings = {name: getattr(config, name) for name in names} | {"keeps": keeps}
+    sets = prompts(config, tokenizer)
+    longest = max((len(e.prompt) + len(e.response) for examples in sets.values() for e in examples), default=1)
+    model.positions([longest + MORE_TOKENS * (config.tasks == "needle")])  # refuses one that is too long now
+    for length, examples in sets.items():
+        run = partial(needle, tokenizer) if config.tasks == "needle" else perplexity
+        new = run(model, examples, methods, schedule, heads, **settings)
+        print_table(new)
+        rows += [row | ({"length": length} if length else {}) for row in new]
+        cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)  # so far
 
 
 if __name__ == "__main__":

@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from model import attention_weights
 
 
-def random(generator=None):
-    """Independent uniform scores, drawn anew at every stage."""
-    return lambda x, positions, seqlens, block: torch.rand(len(x), generator=generator).to(x.device)
+def random(*generators):
+    """Independent uniform scores, drawn anew at every stage; generators: none, or one for each prompt."""
+
+    def scorer(x, positions, seqlens, block):
+        parts = zip(generators, seqlens, strict=True) if generators else [(None, len(x))]
+        return torch.cat([torch.rand(n, generator=generator) for generator, n in parts]).to(x.device)
+
+    return scorer
 
 
 def most_recent(x, positions, seqlens, block):

@@ -87,30 +87,32 @@ class Schedule(dict):
         alive = min(self) + sum(share * (end - layer) for (layer, share), end in zip(self.items(), ends))
         return alive / self.num_hidden_layers
 
-    def with_mean_share(self, mean):
-        """A Schedule of the same stages and span with another mean_share(): all shares raised to one power.
+    def fitted(self, cost, budget):
+        """A Schedule of the same stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
 
-        ValueError where no power gives it: below the first stage everything is alive.
+        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A budget above all
+        tokens' cost gives shares of 1; ValueError where no power is as cheap: below the first stage everything is alive.
         """
 
         def powered(power):
             shares = {layer: share**power for layer, share in self.items()}
             return Schedule(self.num_hidden_layers, shares, span=self.span)
 
+        if cost(self) == budget:
+            return self
         low, high = 0.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if powered(middle).mean_share() > mean else (low, middle)
-        if abs(powered(high).mean_share() - mean) > 1e-6:
+            low, high = (middle, high) if cost(powered(middle)) > budget else (low, middle)
+        if cost(powered(high)) > budget + 1e-6:
             raise ValueError(
-                f"stages at layers {list(self)} cannot keep a mean share of {mean:.3f}: start lower, or keep more"
+                f"stages at layers {list(self)} cannot cost as little as {budget:.3f} of a dense prefill: start lower, or keep more"
             )
-        return powered(high)
+        return min(powered(high), powered(low), key=lambda schedule: abs(cost(schedule) - budget))
 
     def with_ratio(self, ratio):
-        """with_mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
-        layers = self.num_hidden_layers
-        return self.with_mean_share(Schedule(layers, ratio=ratio, first_layer=min(4, layers - 1)).mean_share())
+        """fitted() to the mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
+        return self.fitted(Schedule.mean_share, paper_stages(self.num_hidden_layers, ratio).mean_share())
 
     def alive(self, n):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
@@ -120,6 +122,11 @@ class Schedule(dict):
                 count = alive_count(n, self[layer])
             counts.append(count)
         return counts
+
+
+def paper_stages(num_hidden_layers, ratio=0.9):
+    """The paper's Schedule; in a model of fewer than five layers, a stage at the last."""
+    return Schedule(num_hidden_layers, first_layer=min(4, num_hidden_layers - 1), ratio=ratio)
 
 
 def span_means(scores, positions, span):
@@ -262,12 +269,17 @@ def write_atomic(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def save_heads(folder, heads, model, schedule, **info):
-    """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
+def heads_bytes(heads):
+    """What heads.safetensors holds, of {layer: PruneHead}."""
     tensors = {
         f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()
     }
-    data = safetensors.torch.save(tensors)
+    return safetensors.torch.save(tensors)
+
+
+def save_heads(folder, heads, model, schedule, **info):
+    """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
+    data = heads_bytes(heads)
     write_atomic(Path(folder) / "heads.safetensors", data)
     meta = {
         "fingerprint": fingerprint(model),
@@ -309,6 +321,32 @@ def load_heads(folder, model):
             f"{folder}: heads.safetensors or heads.json is damaged, or they do not fit: {' '.join(str(error).split())}"
         ) from None
     return heads, schedule, meta
+
+
+# ---------------------------------------------------------------------------- what it costs
+
+
+def pairs(alive, window=None):
+    """(query, key) pairs that causal attention computes; alive: ascending positions, or a number of neighbouring ones."""
+    n = alive if isinstance(alive, int) else len(alive)
+    if window is None:
+        return n * (n + 1) // 2
+    positions = torch.arange(n) if isinstance(alive, int) else alive
+    first = torch.searchsorted(positions, positions - window + 1)
+    return int((torch.arange(n, device=positions.device) - first + 1).sum())
+
+
+def executed_flops(config, n, alive, heads=None, logit_rows=1):
+    """(linear, attention, heads) FLOPs that a prefill of one prompt of n tokens runs.
+
+    alive: at each layer that runs, the number of tokens or, for a window to be exact, their positions. GQA widths,
+    causal (or windowed) pairs at 4 D Hq each, LM head on logit_rows, pruning heads on the rows that they score.
+    """
+    rows = [n, *(p if isinstance(p, int) else len(p) for p in alive)]  # rows[layer] reach a stage at that layer
+    linear = sum(map(config.linear_flops, rows[1:])) + 2 * logit_rows * config.vocab_size * config.hidden_size
+    attention = sum(pairs(p, config.window(layer)) for layer, p in enumerate(alive))
+    scoring = sum(head.flops(rows[layer]) for layer, head in (heads or {}).items())
+    return linear, 4 * config.head_dim * config.num_attention_heads * attention, scoring
 
 
 # ---------------------------------------------------------------------------- prefill and generate

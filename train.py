@@ -648,7 +648,8 @@ def main():
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
     print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
-    rows = perplexity(model, held_out, METHODS, schedule, heads, config.teacher, config.label_loss, config.seed)
+    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
+    rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
     print_table(rows)
     for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)

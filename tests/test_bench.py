@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import bench_peer
@@ -16,60 +15,9 @@ import cli
 import download
 import scorers
 import sdtp
-from bench import SHAPES, cpu_peak_bytes, executed_flops, pairs, random_model, rss_bytes, shape_fields
-from model import Config, Transformer, attention_weights
+from bench import SHAPES, cpu_peak_bytes, random_model, rss_bytes, shape_fields
+from model import Config, Transformer
 from sdtp import PruneHead, Schedule, generate, prefill, select
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 100])
-def test_pairs_equal_a_loop(window):
-    """(query, key) pairs of causal and windowed attention over what is alive, by original position."""
-    positions = torch.tensor([0, 1, 2, 3, 6, 7, 12, 13, 14, 20])
-    expected = sum(0 <= i - j < (window or 10**9) for i in positions.tolist() for j in positions.tolist())
-    assert pairs(positions, window) == expected
-
-
-def plain_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-    """Attention as two products over the full square, which FlopCounterMode sees."""
-    weights = attention_weights(q, k, positions, k_positions, window)
-    return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(0, 1)).transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    "stages", [{}, {1: 0.6, 3: 0.3}, {0: 0.7, 2: 0.4}], ids=["dense", "two stages", "from layer 0"]
-)
-def test_executed_flops_equal_torchs_counter(stages):
-    """Linear and head FLOPs are exactly what torch counts; its attention is the full square of the same formula."""
-    model, n = tiny.build(torch.float32, num_hidden_layers=4, head_dim=8), 40
-    schedule = Schedule(4, stages) if stages else None
-    heads = {layer: PruneHead(32) for layer in stages}
-    _, cache = prefill(model, tiny.ids(n), heads, schedule)
-    alive, prompt = [lengths[0] for lengths in cache.seqlens()], n
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        x, positions = model.embed(tiny.ids(n)), torch.arange(n)
-        for layer, block in enumerate(model.layers):
-            if layer in stages:
-                keep, _ = select(heads[layer](x), positions, stages[layer], [len(x)], [prompt])
-                x, positions = x[keep], positions[keep]
-            x = block(x, positions, [len(x)], None, plain_attend)
-        model.logits(x[-1:])
-    counted = counter.get_flop_counts()["Global"]
-    products = sum(v for op, v in counted.items() if "bmm" in str(op))
-    linear, attention, head = executed_flops(model.config, cache, heads)
-    assert linear + head == sum(counted.values()) - products
-    assert products == sum(4 * 8 * 4 * m * m for m in alive)
-    assert attention == sum(4 * 8 * 4 * m * (m + 1) // 2 for m in alive)
-    assert (head > 0) == bool(stages) and (alive[-1] < n) == bool(stages)
-
-
-def test_windowed_flops():
-    """Attention FLOPs of a model with windows on some layers are those of the pairs each layer sees."""
-    model, n = tiny.build(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1), 30
-    schedule = Schedule(3, {1: 0.5})
-    _, cache = prefill(model, tiny.ids(n), {1: scorers.random(torch.Generator().manual_seed(0))}, schedule)
-    kept = cache[1].rows()[2].tolist()
-    expected = n * (n + 1) // 2 + 2 * sum(0 <= i - j < 7 for i in kept for j in kept)
-    assert executed_flops(model.config, cache)[1] == 4 * 8 * 4 * expected
 
 
 def test_paper_table():

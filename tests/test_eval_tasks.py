@@ -5,6 +5,7 @@ import math
 import random
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,8 +14,11 @@ import cli
 import eval_tasks
 import scorers
 from data import Example
-from eval_tasks import KNOWN, METHODS, PEERS, SCORERS, check_methods, compare, gemfilter, perplexity, policy, score
-from sdtp import PruneHead, Schedule, protected_count
+from eval_tasks import (
+    KNOWN, METHODS, MORE_TOKENS, PEERS, Results, compare, gemfilter, gemfilter_scores, needle, parse, perplexity,
+    policy, score,
+)  # fmt: skip
+from sdtp import PruneHead, Schedule, generate, protected_count
 
 EXAMPLES = [Example(tiny.ids(n).tolist(), tiny.ids(m, seed=n).tolist()) for n, m in ((30, 6), (41, 1), (24, 9))]
 SCHEDULE = Schedule(3, {1: 0.7, 2: 0.45})
@@ -48,7 +52,7 @@ def test_rows_by_hand():
         "dense": (None, None),
         "sdtp": (ranker, SCHEDULE),
         "floor": (recent, Schedule(3, {1: 0.0})),
-        "most_recent": (recent, SCHEDULE),
+        "most_recent": (recent, policy("most_recent", model.config, SCHEDULE, ranker, 30)),
     }
     losses = {}
     for row in rows:
@@ -70,7 +74,7 @@ def test_rows_by_hand():
 
 def test_speedup_is_the_median_of_the_examples(monkeypatch):
     """prefill_speedup is the median over examples of dense seconds over the method's, after a warm-up that does not count."""
-    model, ticks = tiny.build(), iter([0, 1, 0, 5, 0, 8, 0, 4, 0, 9, 0, 3, 0, 6, 0, 6])
+    model, ticks = tiny.build(), iter([0, 1, 0, 8, 0, 4, 0, 9, 0, 3, 0, 6, 0, 6])
     monkeypatch.setattr(eval_tasks, "clock", lambda model: next(ticks))
     rows = perplexity(model, EXAMPLES, ["most_recent"], SCHEDULE)
     assert [r["prefill_speedup"] for r in rows] == [1, 2]
@@ -87,7 +91,7 @@ def test_ratio_one_is_dense():
 
 def test_batches_score_as_single_prompts():
     """Ragged batches give every method's numbers of one prompt at a time."""
-    model, names = tiny.build(), ["sdtp", "most_recent", "last_attention", "teacher", "floor"]
+    model, names = tiny.build(), ["sdtp", "random", "most_recent", "last_attention", "teacher", *PEERS, "floor"]
     single = perplexity(model, EXAMPLES, names, SCHEDULE, heads())
     for batch_size in (2, 3):
         rows = perplexity(model, EXAMPLES, names, SCHEDULE, heads(), batch_size=batch_size)
@@ -106,7 +110,9 @@ def test_rankings_matter():
 
     plain = losses()
     assert plain == losses()
-    reversed_heads = {layer: lambda *args, head=head: -head(*args) for layer, head in heads().items()}
+    reversed_heads = heads()
+    for head in reversed_heads.values():
+        head.fc2.weight.data.neg_()
     for method, changes in {
         "sdtp": {"heads": reversed_heads},
         "random": {"seed": 1},
@@ -123,7 +129,7 @@ def test_teacher_labels_by_the_response(monkeypatch):
     perplexity(tiny.build(), EXAMPLES, ["teacher"], SCHEDULE)
     sizes = [len(e.prompt) + len(e.response) for e in EXAMPLES]
     asked = [(e.prompt + e.response, [n], [len(e.prompt)]) for e, n in zip(EXAMPLES, sizes)]
-    assert calls == [asked[0], *asked]
+    assert calls == asked
 
 
 def test_a_method_named_twice_runs_once():
@@ -139,46 +145,95 @@ def test_a_method_named_twice_runs_once():
 # ---------------------------------------------------------------------------- spans, peers, intervals
 
 DEEPER = dict(num_hidden_layers=6)  # as many layers as the peers' stages need
-STAGES = Schedule(6, {1: 0.9, 3: 0.6, 5: 0.5}, span=8)  # 0.767 on average
-MEAN = (1 + 0.9 + 0.9 + 0.6 + 0.6 + 0.5) / 6
+STAGES = Schedule(6, {1: 0.9, 3: 0.75, 5: 0.5}, span=8)
 
 
-@pytest.mark.parametrize("span", ["", "@1", "@4"])
+def flops_by_hand(model, alive, head_rows=1):
+    """FLOPs of a prefill with so many tokens alive at each layer: two for every weight and row, and for every product of attention."""
+    total = 2 * head_rows * 61 * 32
+    for block, n in zip(model.layers, alive):
+        weights = sum(p.numel() for name, p in block.named_parameters() if "proj.weight" in name)
+        pairs = sum(i + 1 for i in range(n))
+        total += 2 * n * weights + 2 * 2 * pairs * 8 * 4  # q k and weights v, of 4 heads of 8
+    return total
+
+
+def method_flops_by_hand(method, model, n, alive):
+    """flops_by_hand() of a method's prefill, with its heads or its first pass over the prompt of n tokens."""
+    name, total = method.partition("@")[0], flops_by_hand(model, alive)
+    if name == "gemfilter":
+        total += flops_by_hand(model, [n] * 2, 0)
+    if name == "self_information":
+        total += flops_by_hand(model, [n] * 6, n)
+    if name == "sdtp":
+        total += sum(2 * alive[layer - 1] * (32 * 8 + 8 * 2) for layer in STAGES)
+    return total
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.9, 0.8])
+@pytest.mark.parametrize("span", ["", "@1", "@4", "@4@2", "@1@0"])
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"dense"}))
-def test_policy(name, span):
-    """Stages, span and scorer of every method: a peer's are its own, at the mean share of the schedule given."""
-    model, generator = tiny.build(**DEEPER), torch.Generator()
-    ranker = {layer: PruneHead(32) for layer in STAGES}
-    rankers, stages = policy(name + span, model, STAGES, ranker, generator)
-    own = {"lazyllm": [4], "fastkv": [3], "self_information": [0], "floor": [1]}
-    assert list(stages) == own.get(name, [1, 3, 5]) and stages.keys() == rankers.keys()
+def test_policy(name, span, keep):
+    """Stages and span of every method, a peer's its own; executed FLOPs are the budget's within 0.5 %, heads and first passes included."""
+    model, n = tiny.build(**DEEPER), 300
+    heads = {layer: PruneHead(32) for layer in STAGES}
+    if span.count("@") == 2 and name in ("sdtp", "floor", *PEERS):
+        return
+    stages = policy(name + span, model.config, STAGES, heads, n, keep)
+    own = {"lazyllm": [4], "fastkv": [3], "gemfilter": [0], "self_information": [0], "floor": [1]}
+    own |= {name: [int(span[-1])]} if span.count("@") == 2 else {}
+    assert list(stages) == own.get(name, [1, 3, 5])
+    assert stages.span == (int(span[1]) if span else 1 if name in PEERS else 8)
     if name == "floor":
         assert list(stages.values()) == [0]
-    else:
-        assert stages.mean_share() == pytest.approx(MEAN)
-        assert span and stages.span == int(span[1:]) or not span and stages.span == (1 if name in PEERS else 8)
-    if name not in own:
-        assert list(stages.values()) == list(STAGES.values())
-    # what ranks
+        return
+    paper = [n] * 4 + [round(n * keep)] * 2  # the paper's stages in six layers: one, at 4
+    budget = flops_by_hand(model, paper) if keep else method_flops_by_hand("sdtp", model, n, STAGES.alive(n))
+    alive = stages.alive(n)
+    flops = method_flops_by_hand(name, model, n, alive)
+    if name == "self_information":
+        flops -= flops_by_hand(model, [n] * 6, n)
+    assert flops == pytest.approx(budget, rel=0.005) and alive[-1] < n
+    if name == "sdtp" and not keep:
+        assert stages == Schedule(6, STAGES)
+
+
+def test_policy_out_of_reach(capsys):
+    """Stages that begin too late, or a first pass that takes up the budget, are refused by name; in a run they are left out of it."""
+    model, deep = tiny.build(**DEEPER), Schedule(6, {0: 0.4})
+    for method, layers in (("gemfilter", "0"), ("random@4@5", "5"), ("fastkv", "3")):
+        with pytest.raises(ValueError, match=f"{method}: stages at layers .{layers}. cannot cost as little as 0.267"):
+            policy(method, model.config, deep, None, 300)
+    rows = perplexity(model, EXAMPLES, ["gemfilter", "random", "random@4@5"], deep, keeps=[0.0, 0.9])
+    kept = [(r["keep"], r["method"]) for r in rows]
+    assert kept == [
+        (0, "dense"), (0, "random"), (0.9, "dense"), (0.9, "gemfilter"), (0.9, "random"), (0.9, "random@4@5"),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.count("(left out)\n") == 2
+
+
+def test_scorers_of_methods(monkeypatch):
+    """Each method ranks by its own scorer, with its weights and its layers."""
+    model, seen = tiny.build(**DEEPER), {}
     given = {"lazyllm": scorers.last_attention(1), "fastkv": scorers.last_attention(8, pool=7)}
-    given |= {"last_attention_w32": scorers.last_attention(32), "last_attention_best3": scorers.last_attention(8, 3)}
+    given |= {
+        "last_attention_w32@4@2": scorers.last_attention(32),
+        "last_attention_best3": scorers.last_attention(8, 3),
+    }
+    given |= {
+        "norm": scorers.norm,
+        "accumulated_attention": scorers.accumulated_attention,
+        "floor": scorers.most_recent,
+    }
     x, block = torch.randn(40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), model.layers[3]
-    rows = (x, torch.arange(40), [40], block)
-    if name == "sdtp":
-        assert rankers is ranker
-    elif name in given:
-        assert all(torch.equal(r(*rows), given[name](*rows)) for r in rankers.values())
-    elif name in SCORERS:
-        assert all(r is SCORERS[name] for r in rankers.values())
-
-
-def test_policy_mean_shares():
-    """lazyllm and fastkv meet any mean share that their first stage can reach, whatever the stages of the schedule given."""
-    model = tiny.build(**DEEPER)
-    for schedule in (STAGES, Schedule(6, {4: 0.4}), Schedule(6, {0: 0.7})):
-        for name in ("lazyllm", "fastkv", "self_information"):
-            stages = policy(name, model, schedule, None, None)[1]
-            assert stages.mean_share() == pytest.approx(schedule.mean_share()) and stages.span == 1
+    for method, expected in given.items():
+        stages = policy(method, model.config, STAGES, None, 300)
+        run = lambda model, examples, rankers, stages, method=method: seen.update({method: (rankers, stages)})
+        eval_tasks.run_method(run, method, model, [], stages, [], None, None)
+        rankers, ran = seen[method]
+        assert ran is stages and rankers.keys() == stages.keys()
+        for ranker in rankers.values():
+            assert torch.equal(ranker(x, torch.arange(40), [40], block), expected(x, torch.arange(40), [40], block))
 
 
 def kept_by_gemfilter(model, ids, depth, count):
@@ -197,32 +252,23 @@ def kept_by_gemfilter(model, ids, depth, count):
 
 @pytest.mark.parametrize("layers, depth", [(6, 2), (5, 2), (2, 1), (9, 4)])
 def test_gemfilter(layers, depth):
-    """What its first pass leaves of the compute is kept of the prompt, in order, protected tokens too; the response is untouched."""
-    model, mean = tiny.build(num_hidden_layers=layers), 0.95
+    """A share of the prompt is kept, in order, protected tokens too; the response is untouched."""
+    model = tiny.build(num_hidden_layers=layers)
     for example in EXAMPLES:
         n = len(example.prompt)
-        count = int(n * (mean - depth / layers) + 0.5)
-        kept, protected = kept_by_gemfilter(model, example.prompt, depth, count)
-        got = gemfilter(model, example, mean)
+        scores = gemfilter_scores(model, torch.tensor(example.prompt), [n])
+        kept, protected = kept_by_gemfilter(model, example.prompt, depth, int(n * 0.45 + 0.5))
+        got = gemfilter(example, scores, Schedule(layers, {0: 0.45}))
         assert got.prompt == [example.prompt[p] for p in kept] and got.response == example.response
-        assert len(got.prompt) == count < n and set(protected) <= set(kept)
-        floor = gemfilter(model, example, depth / layers + 1e-6)  # next to nothing is left: the protected tokens are
+        assert len(got.prompt) == int(n * 0.45 + 0.5) < n and set(protected) <= set(kept)
+        floor = gemfilter(example, scores, Schedule(layers, {0: 0.0}))
         assert floor.prompt == [example.prompt[p] for p in protected]
 
 
-def test_gemfilter_leaves_nothing():
-    """A compute that the first pass alone takes up, or exceeds, is refused by name."""
-    model = tiny.build(**DEEPER)
-    for mean in (2 / 6, 0.2):
-        with pytest.raises(ValueError, match="gemfilter: its first pass of 2 of 6 layers"):
-            gemfilter(model, EXAMPLES[0], mean)
-
-
 def compared(nats, base_nats, lens):
-    """compare() of nats summed by example, the losses from these."""
-    row, base = ({"loss": sum(values) / sum(lens)} for values in (nats, base_nats))
-    examples = [Example([0], [0] * n) for n in lens]
-    return list(compare(row, nats, base, base_nats, ("a", "b", "c"), examples).items())
+    """compare() of nats summed by example."""
+    found, base = ([{"value": v, "count": n} for v, n in zip(values, lens)] for values in (nats, base_nats))
+    return compare(found, base, np.expm1)
 
 
 def test_compare():
@@ -231,7 +277,7 @@ def test_compare():
     lens = [draw.randint(1, 60) for _ in range(40)]
     base = [n * draw.uniform(1, 5) for n in lens]  # differs much more between examples than from the other
     nats = [b + n * draw.gauss(0.1, 0.1) for b, n in zip(base, lens)]
-    (_, value), (_, low), (_, high) = compared(nats, base, lens)
+    value, low, high = compared(nats, base, lens)
     assert value == pytest.approx(math.exp(sum(nats) / sum(lens)) / math.exp(sum(base) / sum(lens)) - 1)
     values = []
     for _ in range(4000):
@@ -239,27 +285,16 @@ def test_compare():
         values.append(math.exp(sum(nats[i] - base[i] for i in drawn) / sum(lens[i] for i in drawn)) - 1)
     values.sort()
     assert (low, high) == pytest.approx((values[100], values[3900]), abs=0.01) and low < value < high < low + 0.15
-    assert [name for name, _ in compared(nats, base, lens)] == ["a", "b", "c"]
 
 
 def test_compare_without_spread():
     """No width where there is nothing to draw: equal methods, one example, and a constant shift of every token, lengths aside."""
     lens, base = [3, 50, 7, 1], [9.0, 70.0, 3.5, 8.0]
-    assert [v for _, v in compared(base, list(base), lens)] == [0, 0, 0]
+    assert compared(base, list(base), lens) == (0, 0, 0)
     for shift in (0.2, -0.1):
         shifted = [b + n * shift for b, n in zip(base, lens)]
-        assert [v for _, v in compared(shifted, base, lens)] == pytest.approx([math.expm1(shift)] * 3)
-    assert [v for _, v in compared([10.0], [9.0], [4])] == pytest.approx([math.expm1(0.25)] * 3)
-
-
-def flops_by_hand(model, alive):
-    """FLOPs of a prefill with so many tokens alive at each layer: two for every weight and row, and for every product of attention."""
-    total = 0
-    for block, n in zip(model.layers, alive):
-        weights = sum(p.numel() for name, p in block.named_parameters() if "proj.weight" in name)
-        pairs = sum(i + 1 for i in range(n))
-        total += 2 * n * weights + 2 * 2 * pairs * 8 * 4  # q k and weights v, of 4 heads of 8
-    return total
+        assert compared(shifted, base, lens) == pytest.approx([math.expm1(shift)] * 3)
+    assert compared([10.0], [9.0], [4]) == pytest.approx([math.expm1(0.25)] * 3)
 
 
 def test_spans_and_peers_in_one_run():
@@ -275,23 +310,19 @@ def test_spans_and_peers_in_one_run():
         "teacher@4",
         "random@4",
         "floor@4",
+        "most_recent@4@0",
+        "teacher@1@2",
     ]
     rows = {r["method"]: r for r in perplexity(model, EXAMPLES, names, STAGES, ranker)}
     assert list(rows) == ["dense", *names]
     dense = sum(flops_by_hand(model, [n] * 6) for n in lens)
     for method, row in rows.items():
-        name, filtering = method.partition("@")[0], 0
-        if name == "dense":
-            alive = [[n] * 6 for n in lens]
-        elif name == "gemfilter":
-            alive = [[len(gemfilter(model, e, MEAN).prompt)] * 6 for e in EXAMPLES]
-            filtering = sum(flops_by_hand(model, [n] * 2) for n in lens)
-        else:
-            stages = policy(method, model, STAGES, ranker, torch.Generator())[1]
-            alive = [stages.alive(n) for n in lens]
-            filtering = dense if name == "self_information" else 0
+        stages = policy(method, model.config, STAGES, ranker, 30)
+        alive = [stages.alive(n) if stages else [n] * 6 for n in lens]
+        if method.startswith("gemfilter"):
+            alive = [[int(n * stages[0] + 0.5)] * 6 for n in lens]
         assert row["mean_alive"] == pytest.approx(sum(map(sum, alive)) / 6 / sum(lens))
-        flops = sum(flops_by_hand(model, counts) for counts in alive) + filtering
+        flops = sum(method_flops_by_hand(method, model, n, counts) for n, counts in zip(lens, alive))
         assert row["flops_share"] == pytest.approx(flops / dense)
         assert row["low"] <= row["ppl_diff"] <= row["high"]
         assert row["over_sdtp"] == pytest.approx(row["ppl"] / rows["sdtp"]["ppl"] - 1, abs=1e-9)
@@ -306,7 +337,8 @@ def test_spans_and_peers_in_one_run():
 
 def test_self_information_is_the_prompt_s():
     """self_information keeps the tokens that the model itself expects least of the prompt, from the first layer on."""
-    model, stages = tiny.build(), Schedule(3, {0: SCHEDULE.mean_share()})
+    model = tiny.build()
+    stages = policy("self_information", model.config, SCHEDULE, None, 30)
     row = perplexity(model, EXAMPLES, ["self_information"], SCHEDULE)[1]
     nats = []
     for e in EXAMPLES:
@@ -319,17 +351,31 @@ def test_self_information_is_the_prompt_s():
 
 
 @pytest.mark.parametrize(
-    "method", ["random@x", "random@0", "random@-4", "random@2.5", "random@", "magic@4", "@4", "", "dense@4"]
+    "method",
+    "random@x random@0 random@-4 random@2.5 random@ random@00@1 random@4@ random@4@x random@@2 random@4@2@1 magic@4 magic@4@2 @4".split()
+    + [""],
 )
 def test_unknown_methods(method):
-    """A span that is no whole number above 0, a span of the dense run and a method that is none are refused by name."""
+    """A span that is no whole number above 0, a layer that is none and a method that is none are refused by name."""
     with pytest.raises(ValueError, match=f"unknown method '{method}'"):
-        check_methods(["dense", method])
+        parse(method)
+
+
+@pytest.mark.parametrize("name", ["sdtp", "floor", *PEERS, "dense"])
+def test_methods_without_a_layer(name):
+    """One stage at a layer is for what ranks at the heads' stages; dense has no span either."""
+    with pytest.raises(ValueError, match=f"method '{name}@4@2': {name} has"):
+        parse(f"{name}@4@2")
+    if name == "dense":
+        with pytest.raises(ValueError, match="method 'dense@4': dense has no stages"):
+            parse("dense@4")
 
 
 def test_known_methods():
-    """Every method there is, and every one but dense with a span, is accepted."""
-    check_methods([*KNOWN, *(f"{name}@16" for name in KNOWN if name != "dense")])
+    """Every method there is, every one but dense with a span, and scorers at a layer."""
+    assert [parse(name) for name in KNOWN] == [(name, None, None) for name in KNOWN]
+    assert all(parse(f"{name}@16") == (name, 16, None) for name in KNOWN if name != "dense")
+    assert parse("random@32@0") == ("random", 32, 0) and parse("teacher@8@12") == ("teacher", 8, 12)
 
 
 def test_errors():
@@ -340,9 +386,245 @@ def test_errors():
         (["sdtp"], EXAMPLES, "needs heads"),
         (["sdtp@4"], EXAMPLES, "needs heads"),
         (["random"], [], "no prompt"),
+        (["random@4@3"], EXAMPLES, "'random@4@3': the model has layers 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             perplexity(model, examples, methods, SCHEDULE)
+
+
+# ---------------------------------------------------------------------------- budgets, resuming, needles
+
+
+def test_keeps():
+    """Several budgets in one run: each has the rows of a run of its own, and dense's prompts are run once."""
+    model, names, ranker = tiny.build(num_hidden_layers=6), ["sdtp", "random", "teacher@4@2"], heads_of(STAGES)
+    runs, run = [], eval_tasks.perplexity_results
+
+    def spy(model, examples, rankers=None, schedule=None):
+        runs.append(bool(schedule))
+        return run(model, examples, rankers, schedule)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_tasks, "perplexity_results", spy)
+        rows = perplexity(model, EXAMPLES, names, STAGES, ranker, keeps=[0.9, 0.8])
+    assert runs.count(False) == 3 + 1 and runs.count(True) == 2 * 3 * 3  # one of dense is the warm-up
+    single = [row for keep in (0.9, 0.8) for row in perplexity(model, EXAMPLES, names, STAGES, ranker, keeps=[keep])]
+    for row, expected in zip(rows, single, strict=True):
+        assert row.pop("prefill_speedup") > 0 < expected.pop("prefill_speedup") and row == expected
+    assert [(r["keep"], r["method"]) for r in rows] == [(keep, m) for keep in (0.9, 0.8) for m in ("dense", *names)]
+    assert rows[1]["loss"] != rows[5]["loss"] and rows[1]["mean_alive"] > rows[5]["mean_alive"]
+
+
+def heads_of(schedule):
+    torch.manual_seed(0)
+    return {layer: PruneHead(32) for layer in schedule}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_random_is_its_own(batch_size):
+    """Method random scores a prompt the same whatever else runs, in whatever batch; spans and budgets draw anew."""
+    model = tiny.build()
+    alone = perplexity(model, EXAMPLES, ["random"], SCHEDULE, heads())[1]
+    rows = perplexity(
+        model,
+        EXAMPLES[::-1],
+        ["random@4", "sdtp", "random"],
+        SCHEDULE,
+        heads(),
+        batch_size=batch_size,
+        keeps=[0.9, 0.0],
+    )
+    same = [r for r in rows if (r["method"], r["keep"]) == ("random", 0)]
+    assert len(same) == 1 and same[0]["loss"] == pytest.approx(alone["loss"], rel=1e-9)
+    assert perplexity(model, EXAMPLES, ["random"], SCHEDULE, heads(), seed=1)[1]["loss"] != alone["loss"]
+
+
+def test_rows_resume(tmp_path, monkeypatch):
+    """A run killed at any point goes on: the same rows, no result twice in the file, none computed again."""
+    model, names, ranker = tiny.build(), ["sdtp", "random", "teacher", "gemfilter", "most_recent@4@0"], heads()
+    run, add, path = eval_tasks.perplexity_results, Results.add, tmp_path / "rows.jsonl"
+    expected = perplexity(model, EXAMPLES, names, SCHEDULE, ranker)
+    ran = []
+
+    def spy(model, examples, *args):
+        ran.append(len(examples))
+        return run(model, examples, *args)
+
+    def killed(self, result):
+        if len(self) == stop:
+            raise KeyboardInterrupt
+        add(self, result)
+
+    monkeypatch.setattr(eval_tasks, "perplexity_results", spy)
+    monkeypatch.setattr(Results, "add", killed)
+    for stop in (5, 13):
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(model, EXAMPLES, names, SCHEDULE, ranker, rows=path)
+        assert len(path.read_text().splitlines()) == stop
+        with open(path, "a") as file:
+            file.write('{"key": "torn off in the mid')
+    stop = None
+    ran.clear()
+    rows = perplexity(model, EXAMPLES, names, SCHEDULE, ranker, rows=path)
+    assert sum(ran) == 18 - 13 + 1
+    for row, other in zip(rows, expected, strict=True):
+        assert row.pop("prefill_speedup") > 0 < other.pop("prefill_speedup") and row == other
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 18
+    for line in lines:
+        assert {"method", "keep", "value", "count", "alive", "seconds"} < line.keys() and len(line["alive"]) == 3
+    # again, and with a method more
+    ran.clear()
+    assert [r["loss"] for r in perplexity(model, EXAMPLES, names, SCHEDULE, ranker, rows=path)] == [
+        r["loss"] for r in expected
+    ]
+    assert ran == []
+    more = perplexity(model, EXAMPLES, [*names, "norm"], SCHEDULE, ranker, rows=path)
+    assert sum(ran) == 3 + 1 and [r["loss"] for r in more[:-1]] == [r["loss"] for r in expected]
+    assert len(path.read_text().splitlines()) == 21
+
+
+@pytest.mark.parametrize(
+    "changed, again",
+    [
+        (dict(seed=1), ["random"]),
+        (dict(teacher="grad_x_input"), ["teacher"]),
+        (dict(label_loss="all"), ["teacher"]),
+        (dict(heads="other"), ["sdtp"]),
+        (dict(model="other"), ["dense", "random", "sdtp", "teacher"]),
+        (dict(model="bfloat16"), ["dense", "random", "sdtp", "teacher"]),
+        (dict(schedule=Schedule(3, {1: 0.6, 2: 0.4})), ["random", "sdtp", "teacher"]),
+        (dict(schedule=Schedule(3, SCHEDULE, span=2)), ["random", "sdtp", "teacher"]),
+        (dict(), []),
+    ],
+)
+def test_rows_are_for_their_run(tmp_path, changed, again):
+    """What a method's result depends on makes it another result; what only others depend on does not."""
+    models = {"one": tiny.build(torch.float32), "bfloat16": tiny.build(torch.bfloat16)}
+    models["other"] = tiny.build(torch.float32, rms_norm_eps=1e-5)
+    models["other"].layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    rankers, path = {"one": heads(), "other": heads()}, tmp_path / "rows.jsonl"
+    rankers["other"][2].fc1.bias.data += 0.1
+
+    def run(model="one", heads="one", schedule=SCHEDULE, **settings):
+        names = ["sdtp", "random", "teacher"]
+        perplexity(models[model], EXAMPLES[:1], names, schedule, rankers[heads], rows=path, **settings)
+        return [json.loads(line)["method"] for line in path.read_text().splitlines()]
+
+    first = run()
+    assert sorted(run(**changed)[len(first) :]) == again
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"method": "dense"}', "key", "null", ""])
+def test_rows_of_another_file(tmp_path, line):
+    """A file that holds something else is refused by name and line, and left as it is."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"key": "a"}}\n{line}\ntail')
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: not a result"):
+        Results(path)
+    assert path.read_text().endswith("tail")
+
+
+class Numerals:
+    """A tokenizer whose tokens are written as their ids."""
+
+    eos_token_ids = [0]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def greedy(model, prompt, count):
+    """The most likely continuation, from full forwards, ended by token 0."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(model(torch.tensor(ids))[-1].argmax().item())
+        if ids[-1] == 0:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_needle_by_hand(batch_size):
+    """A hit is the value as a whole word of the greedy answer, not a part of one; accuracies and differences follow."""
+    model, prompts = tiny.build(), [tiny.ids(n, seed=2).tolist() for n in (30, 38, 24, 33, 27)]
+    answers = [greedy(model, prompt, 1 + MORE_TOKENS) for prompt in prompts]
+    wanted = []
+    for i, answer in enumerate(answers):
+        parts = [v for v in range(1, 10) if v not in answer and any(str(v) in str(a) for a in answer)]
+        missing = [v for v in range(10, 61) if v not in answer]
+        wanted.append([answer[-1], answer[len(answer) // 2], parts[0], missing[0], answer[0]][i])
+    assert answers[3] != answers[4]
+    examples = [Example(prompt, [value]) for prompt, value in zip(prompts, wanted)]
+    rows = needle(Numerals(), model, examples, ["sdtp", "most_recent"], SCHEDULE, heads(), batch_size=batch_size)
+    accuracy = {}
+    for row in rows:
+        stages = policy(row["method"], model.config, SCHEDULE, heads(), 30)
+        ranker = {"dense": None, "sdtp": heads()}.get(row["method"], dict.fromkeys(range(3), scorers.most_recent))
+        found = [
+            generate(model, torch.tensor(p), 1 + MORE_TOKENS, ranker, stages, eos_token_ids=[0])[0] for p in prompts
+        ]
+        hits = [value in output for value, output in zip(wanted, found)]
+        accuracy[row["method"]] = row["accuracy"]
+        assert row["accuracy"] == sum(hits) / 5 and row["prompts"] == 5 and not row["dense_fails"]
+        assert row["mean_alive"] == pytest.approx(
+            sum(sum(stages.alive(len(p))) if stages else 3 * len(p) for p in prompts) / 3 / sum(map(len, prompts))
+        )
+        assert row["accuracy_diff"] == pytest.approx(row["accuracy"] - accuracy["dense"])
+        assert row["low"] <= row["accuracy_diff"] <= row["high"]
+    assert accuracy["dense"] == 0.6
+    for row in rows:
+        assert row["over_sdtp"] == pytest.approx(row["accuracy"] - accuracy["sdtp"])
+    assert rows[0]["over_sdtp_low"] <= rows[0]["over_sdtp"] <= rows[0]["over_sdtp_high"]
+    fails = needle(Numerals(), model, examples[2:], ["sdtp"], SCHEDULE, heads())
+    assert [r["dense_fails"] for r in fails] == [True, True]
+
+
+def test_script_needles(tmp_path, monkeypatch, capsys):
+    """--tasks needle: --limit prompts of each length in the held-out words, a table of each; --rows goes on; --json holds all."""
+    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5, max_position_embeddings=700)
+    (tmp_path / "t.txt").write_text("some words. and others here. " * 20)
+    flags = f"--ckpt {folder} --tasks needle --text {tmp_path}/t.txt --lengths 100,400 --limit 3 --methods random,norm@4@0 --keep 0.9,0.8 --json {tmp_path}/r.json --rows {tmp_path}/rows.jsonl --dtype float32"
+    monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.split()])
+    cli.run(eval_tasks.main)
+    rows = json.loads((tmp_path / "r.json").read_text())
+    names = ["dense", "random", "norm@4@0"]
+    assert [(r["length"], r["keep"], r["method"]) for r in rows] == [
+        (length, keep, name) for length in (100, 400) for keep in (0.9, 0.8) for name in names
+    ]
+    assert all(r["prompts"] == 3 and r["dense_fails"] for r in rows)  # a random model finds nothing
+    out = capsys.readouterr().out
+    assert out.count("dense below 50 %") == 2 and out.count("r = 0.9") == 2
+    written = (tmp_path / "rows.jsonl").read_text()
+    assert len(written.splitlines()) == 2 * 3 * (1 + 2 * 2)
+    cli.run(eval_tasks.main)
+    assert (tmp_path / "rows.jsonl").read_text() == written
+    assert [r["accuracy"] for r in json.loads((tmp_path / "r.json").read_text())] == [r["accuracy"] for r in rows]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--tasks magic", "--tasks magic: choose ppl or needle"),
+        ("--tasks needle --data dolly", "give --text FILE"),
+        ("--tasks needle --text t.txt --lengths 10,x", "--lengths 10,x"),
+        ("--tasks needle --text t.txt --lengths 400", "beyond the model's 64 positions"),
+        ("--text t.txt --keep 0.9,2", "--keep 0.9,2"),
+        ("--text t.txt --methods random@4@9", "'random@4@9': the model has layers 0 to 4"),
+        ("--text t.txt --methods sdtp@4@1", "sdtp has stages of its own"),
+    ],
+)
+def test_script_mistakes(tmp_path, monkeypatch, flags, message):
+    """A user's mistake ends in one line that names it."""
+    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5)
+    (tmp_path / "t.txt").write_text("some words. " * 60)
+    monkeypatch.chdir(tmp_path)
+    more = f"--ckpt {folder} --prompt_len 17 --score_len 4 --dtype float32" + " --methods random" * (
+        "--methods" not in flags
+    )
+    monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.split(), *more.split()])
+    with pytest.raises(SystemExit, match=message):
+        cli.run(eval_tasks.main)
 
 
 def test_script_spreads_its_windows(tmp_path, monkeypatch):
@@ -355,7 +637,7 @@ def test_script_spreads_its_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         eval_tasks,
         "perplexity",
-        lambda model, examples, *args: seen.extend(examples) or perplexity(model, examples, *args),
+        lambda model, examples, *args, **more: seen.extend(examples) or perplexity(model, examples, *args, **more),
     )
     cli.run(eval_tasks.main)
     assert ["".join(tiny.ALPHABET[t] for t in e.response)[0] for e in seen] == list("aeimq")

@@ -12,15 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import scorers
 import sdtp
-from model import KVCache, Transformer, visible
+from model import KVCache, Transformer, attention_weights, visible
 from sdtp import (
     PruneHead,
     Schedule,
+    executed_flops,
     generate,
     is_protected,
     keep_count,
     load_heads,
+    pairs,
+    paper_stages,
     prefill,
     protected_count,
     save_heads,
@@ -438,6 +442,74 @@ def test_generate_sampling():
     assert a == b != c
 
 
+# ---------------------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_pairs_equal_a_loop(window):
+    """(query, key) pairs of causal and windowed attention over what is alive, by original position."""
+    positions = torch.tensor([0, 1, 2, 3, 6, 7, 12, 13, 14, 20])
+    expected = sum(0 <= i - j < (window or 10**9) for i in positions.tolist() for j in positions.tolist())
+    assert pairs(positions, window) == expected
+    count = sum(0 <= i - j < (window or 10**9) for i in range(13) for j in range(13))
+    assert pairs(13, window) == pairs(torch.arange(13), window) == count
+
+
+def plain_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+    """Attention as two products over the full square, which FlopCounterMode sees."""
+    weights = attention_weights(q, k, positions, k_positions, window)
+    return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "stages", [{}, {1: 0.6, 3: 0.3}, {0: 0.7, 2: 0.4}], ids=["dense", "two stages", "from layer 0"]
+)
+def test_executed_flops_equal_torchs_counter(stages):
+    """Linear and head FLOPs are exactly what torch counts; its attention is the full square of the same formula."""
+    model, n = tiny.build(torch.float32, num_hidden_layers=4, head_dim=8), 40
+    schedule = Schedule(4, stages) if stages else None
+    heads = {layer: PruneHead(32) for layer in stages}
+    _, cache = prefill(model, tiny.ids(n), heads, schedule)
+    alive, prompt = [lengths[0] for lengths in cache.seqlens()], n
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x, positions = model.embed(tiny.ids(n)), torch.arange(n)
+        for layer, block in enumerate(model.layers):
+            if layer in stages:
+                keep, _ = select(heads[layer](x), positions, stages[layer], [len(x)], [prompt])
+                x, positions = x[keep], positions[keep]
+            x = block(x, positions, [len(x)], None, plain_attend)
+        model.logits(x[-1:])
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(v for op, v in counted.items() if "bmm" in str(op))
+    linear, attention, head = executed_flops(model.config, n, alive, heads)
+    positions = [layer.rows()[2] for layer in cache.layers]
+    assert (linear, attention, head) == executed_flops(model.config, n, positions, heads)
+    assert linear + head == sum(counted.values()) - products
+    assert products == sum(4 * 8 * 4 * m * m for m in alive)
+    assert attention == sum(4 * 8 * 4 * m * (m + 1) // 2 for m in alive)
+    assert (head > 0) == bool(stages) and (alive[-1] < n) == bool(stages)
+
+
+def test_windowed_flops():
+    """Attention FLOPs of a model with windows on some layers are those of the pairs each layer sees."""
+    model, n = tiny.build(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1), 30
+    schedule = Schedule(3, {1: 0.5})
+    _, cache = prefill(model, tiny.ids(n), {1: scorers.random(torch.Generator().manual_seed(0))}, schedule)
+    kept = cache[1].rows()[2].tolist()
+    expected = n * (n + 1) // 2 + 2 * sum(0 <= i - j < 7 for i in kept for j in kept)
+    positions = [layer.rows()[2] for layer in cache.layers]
+    assert executed_flops(model.config, n, positions)[1] == 4 * 8 * 4 * expected
+
+
+def test_flops_of_part_of_a_pass():
+    """Fewer layers than the model has, and other rows through the LM head than the last."""
+    config = tiny.build().config
+    whole = executed_flops(config, 20, [20, 20, 20])
+    first = executed_flops(config, 20, [20, 20], logit_rows=0)
+    assert first[0] == 2 * config.linear_flops(20) and first[1] * 3 == whole[1] * 2
+    assert executed_flops(config, 20, [20, 20, 20], logit_rows=20)[0] - whole[0] == 19 * 2 * 61 * 32
+
+
 # ---------------------------------------------------------------------------- the heads
 
 
@@ -468,11 +540,30 @@ def test_with_ratio():
                 assert sum(other.alive(10**6)) / 30 / 10**6 == pytest.approx(mean / 30, rel=1e-4)
 
 
-def test_mean_share_out_of_reach():
-    """Stages that begin too late for a mean share are refused by name, not run at another."""
-    assert Schedule(30, {15: 0.5}).with_mean_share(0.51).mean_share() == pytest.approx(0.51)
-    with pytest.raises(ValueError, match="layers .15. cannot keep a mean share of 0.475"):
-        Schedule(30, {15: 0.5}).with_mean_share(0.475)
+def test_fitted():
+    """One power for all shares, at the nearest cost that counts of tokens allow; its own cost gives the schedule itself."""
+    schedule = Schedule(30, {4: 0.8, 10: 0.3}, span=4)
+    cost = lambda s: sum(s.alive(100)) / 3000
+    for budget in (0.9, 0.6, 0.45, 0.3):
+        got = schedule.fitted(cost, budget)
+        assert abs(cost(got) - budget) <= 26 / 3000 / 2 and got.span == 4 and list(got) == [4, 10]
+        assert math.log(got[10]) / math.log(got[4]) == pytest.approx(math.log(0.3) / math.log(0.8))
+    assert schedule.fitted(cost, cost(schedule)) is schedule
+    assert min(schedule.fitted(cost, 1.2).values()) == pytest.approx(1)
+
+
+def test_fitted_out_of_reach():
+    """Stages that begin too late for a cost are refused by name, not run at another."""
+    share = Schedule.mean_share
+    assert Schedule(30, {15: 0.5}).fitted(share, 0.51).mean_share() == pytest.approx(0.51)
+    with pytest.raises(ValueError, match="layers .15. cannot cost as little as 0.475"):
+        Schedule(30, {15: 0.5}).fitted(share, 0.475)
+
+
+def test_paper_stages():
+    """Layers 4, 7, ... with ratio**s after stage s; the last layer where there are fewer than five."""
+    assert paper_stages(30) == Schedule(30) and paper_stages(12, 0.8) == {4: 0.8, 7: 0.8**2, 10: 0.8**3}
+    assert [paper_stages(n) for n in (1, 3, 5)] == [{0: 0.9}, {2: 0.9}, {4: 0.9}]
 
 
 def test_score():
