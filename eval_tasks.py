@@ -242,19 +242,17 @@ def gemfilter(example, scores, stages):
     return Example([example.prompt[i] for i in keep.tolist()], example.response)
 
 
-def run_method(run, method, model, examples, stages, keys, heads, given):
+def run_method(run, name, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
-    name, scorer = parse(method)[0], None
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
-    if name == "random":
-        scorer = scorers.random(*(torch.Generator().manual_seed(int(key[:15], 16)) for key in keys))
-    elif not given:
-        scorer = (SCORERS | PEERS | {"floor": scorers.most_recent}).get(name)
-    rankers = heads if name == "sdtp" else dict.fromkeys(stages or (), scorer)
+    if name == "sdtp":
+        return run(model, examples, heads, stages)
     if given:
-        rankers = {layer: scorers.from_labels(given[layer]) for layer in stages}
-    return run(model, examples, rankers, stages)
+        return run(model, examples, {layer: scorers.from_labels(given[layer]) for layer in stages}, stages)
+    draws = scorers.random(*(torch.Generator().manual_seed(int(key[:15], 16)) for key in keys))
+    ranked = SCORERS | PEERS | {"floor": scorers.most_recent, "random": draws}
+    return run(model, examples, dict.fromkeys(stages or (), ranked.get(name)), stages)
 
 
 # ---------------------------------------------------------------------------- every prompt's result
@@ -288,64 +286,74 @@ class Results(dict):
                 file.write(json.dumps(result) + "\n")
 
 
+def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
+    """{(keep, method): Schedule} by policy() at the median prompt, dense first; a method that cannot meet a budget is left out of it, and says so.
+
+    ValueError for an unknown method or layer, no example, or no heads for sdtp.
+    """
+    if outside := [method for method in methods if (parse(method)[2] or 0) >= config.num_hidden_layers]:
+        raise ValueError(f"method {outside[0]!r}: the model has layers 0 to {config.num_hidden_layers - 1}")
+    if not examples:
+        raise ValueError("no prompt to evaluate on")
+    if needs_heads(methods) and not heads:
+        raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
+    n, found = int(statistics.median(len(e.prompt) for e in examples)), {}
+    for keep in keeps:
+        for method in dict.fromkeys(["dense", *methods]):
+            try:
+                found[keep, method] = policy(method, config, schedule, heads, n, keep)
+            except ValueError as error:
+                print(f"{error} (left out{f' of --keep {keep:g}' * bool(keep)})", flush=True)
+    return found
+
+
+def result_keys(task, model, examples, plan, heads, seed, labels):
+    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else."""
+    base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
+    own = {"sdtp": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(), "random": seed, "teacher": labels}
+    keys = {}
+    for (keep, method), stages in plan.items():
+        name, keys[keep, method] = parse(method)[0], []
+        for example in examples:
+            n = len(example.prompt)
+            kept = stages and [stages.span, [[layer, alive_count(n, share)] for layer, share in stages.items()]]
+            parts = json.dumps([*base, example, name, kept, own.get(name)])
+            keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest())
+    return keys
+
+
 def evaluate(
     run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher="grad_norm",
     label_loss="response", seed=0, batch_size=1, rows="",
 ):  # fmt: skip
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 
-    run: perplexity_results, or needle_results of a tokenizer; task: its name in the file `rows` (see Results); keeps:
-    budgets, see policy(). A method that cannot meet one is left out of it, and says so.
-    ValueError for an unknown method, no example, or no heads for sdtp.
+    run: perplexity_results, or needle_results of a tokenizer; task: its name, in the keys of the file `rows` (see
+    Results); methods, keeps, and errors: see policies().
     """
-    depth = model.config.num_hidden_layers
-    if outside := [method for method in methods if (parse(method)[2] or 0) >= depth]:
-        raise ValueError(f"method {outside[0]!r}: the model has layers 0 to {depth - 1}")
-    if not examples:
-        raise ValueError("no prompt to evaluate on")
-    if needs_heads(methods) and not heads:
-        raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
-    n, policies = int(statistics.median(len(e.prompt) for e in examples)), {}
-    for keep in keeps:
-        for method in dict.fromkeys(["dense", *methods]):
-            try:
-                policies[keep, method] = policy(method, model.config, schedule, heads, n, keep)
-            except ValueError as error:
-                print(f"{error} (left out{f' of --keep {keep:g}' * bool(keep)})", flush=True)
-    own = {  # what else a method's results depend on
-        "sdtp": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(),
-        "random": seed,
-        "teacher": [teacher, label_loss],
-    }
-    base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
-
-    def key(example, method, stages):
-        name, prompt = parse(method)[0], len(example.prompt)
-        kept = stages and [[layer, alive_count(prompt, share)] for layer, share in stages.items()]
-        parts = [*base, example, name, kept, stages and stages.span, own.get(name)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    keys = {which: [key(e, which[1], stages) for e in examples] for which, stages in policies.items()}
-    labelled = {layer for (_, m), stages in policies.items() if parse(m)[0] == "teacher" for layer in stages}
+    plan = policies(model.config, examples, methods, schedule, heads, keeps)
+    keys = result_keys(task, model, examples, plan, heads, seed, [teacher, label_loss])
+    layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
     results = Results(rows)
-    if any(k not in results for column in keys.values() for k in column):
+    if any(key not in results for column in keys.values() for key in column):
         run(model, examples[:1])  # a warm-up
     for start in tqdm(range(0, len(examples), batch_size), desc=task, disable=None):
         batch, shared = examples[start : start + batch_size], {}  # shared: what methods rank by, once a batch
-        for (keep, method), stages in policies.items():
-            todo = {keys[keep, method][start + i]: i for i in range(len(batch))}
-            todo = {k: i for k, i in todo.items() if k not in results}
+        for (keep, method), stages in plan.items():
+            name, given = parse(method)[0], None
+            todo = {
+                key: i for i, key in enumerate(keys[keep, method][start : start + batch_size]) if key not in results
+            }
             if not todo:
                 continue
-            name, given = parse(method)[0], None
             if name in ("teacher", "self_information", "gemfilter"):
                 if name not in shared:
-                    shared[name] = given_scores(name, model, batch, sorted(labelled), teacher, label_loss)
+                    shared[name] = given_scores(name, model, batch, layers, teacher, label_loss)
                 given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
-            found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
-            for k, result in zip(todo, found):
-                results.add({"key": k, "keep": keep, "method": method, **result})
-    return {which: [results[k] for k in column] for which, column in keys.items()}
+            found = run_method(run, name, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
+            for key, result in zip(todo, found):
+                results.add({"key": key, "keep": keep, "method": method, **result})
+    return {which: [results[key] for key in column] for which, column in keys.items()}
 
 
 # ---------------------------------------------------------------------------- tables

@@ -218,6 +218,9 @@ def test_needles_by_seed():
     assert taken_apart(first[3], words, False)[0] == taken_apart(other[3], words, False)[0]
     count = len(words.encode(SENTENCES)) // (160 - 64)
     assert len(data.needle_examples(SENTENCES, words, 160, 10**6)) == count
+    overlapping = data.needle_examples(SENTENCES, words, 160, 2 * count, overlap=True)
+    assert len(overlapping) == 2 * count and len({tuple(e.prompt) for e in overlapping}) == 2 * count
+    assert data.needle_examples("Too short a text.", words, 160, 5, overlap=True) == []
 
 
 def test_held_out_needles_are_in_other_words():

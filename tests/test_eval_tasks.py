@@ -229,7 +229,7 @@ def test_scorers_of_methods(monkeypatch):
     for method, expected in given.items():
         stages = policy(method, model.config, STAGES, None, 300)
         run = lambda model, examples, rankers, stages, method=method: seen.update({method: (rankers, stages)})
-        eval_tasks.run_method(run, method, model, [], stages, [], None, None)
+        eval_tasks.run_method(run, parse(method)[0], model, [], stages, [], None, None)
         rankers, ran = seen[method]
         assert ran is stages and rankers.keys() == stages.keys()
         for ranker in rankers.values():

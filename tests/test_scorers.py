@@ -178,6 +178,17 @@ def test_random_is_seeded_and_new_at_every_stage():
     assert first[0].dtype == torch.float32 and 0.2 < torch.cat(first).std() < 0.4
 
 
+def test_random_of_packed_prompts():
+    """With a generator for each prompt, a prompt's scores are those it has alone; one too few is an error."""
+    seeded = lambda *seeds: scorers.random(*(torch.Generator().manual_seed(s) for s in seeds))
+    x = torch.zeros(9, 8)
+    both = seeded(3, 4)(x, None, [5, 4], None)
+    assert torch.equal(both[:5], seeded(3)(x[:5], None, [5], None))
+    assert torch.equal(both[5:], seeded(4)(x[:4], None, [4], None))
+    with pytest.raises(ValueError, match="longer"):
+        seeded(3)(x, None, [5, 4], None)
+
+
 def test_from_labels_reads_by_position():
     """Labels follow their tokens, prompt by prompt, after others were dropped."""
     labels = [torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64), torch.tensor([7.0, 8.0])]

@@ -244,9 +244,9 @@ def test_half_asked_pruning_is_refused():
     """Scorers without a schedule, a schedule without scorers or without one of them: never a silent dense run."""
     model, schedule = tiny.build(), Schedule(3, {1: 0.5, 2: 0.4})
     heads = random_heads(model)
-    for scorers, stages in ((heads, None), (None, schedule), ({1: heads[1]}, schedule)):
+    for rankers, stages in ((heads, None), (None, schedule), ({1: heads[1]}, schedule)):
         with pytest.raises(ValueError, match="pruning needs both"):
-            prefill(model, tiny.ids(30), scorers, stages)
+            prefill(model, tiny.ids(30), rankers, stages)
 
 
 @each_model
