@@ -22,7 +22,7 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from model import KVCache
-from sdtp import Schedule, prefill, protected_count, select
+from sdtp import CALIBRATION_PROMPTS, Schedule, calibrate, prefill, protected_count, select
 from tokenizer import Tokenizer
 
 SCORERS = {  # training-free, at the stages of the heads
@@ -37,7 +37,7 @@ SCORERS = {  # training-free, at the stages of the heads
 }
 PEERS = ("lazyllm", "fastkv", "gemfilter", "self_information")  # whole policies, at stages of their own
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
-KNOWN = (*METHODS, *SCORERS, *PEERS)
+KNOWN = (*METHODS, *SCORERS, *PEERS, "sdtp_adaptive")
 
 
 @dataclass
@@ -98,6 +98,8 @@ def policy(method, model, schedule, heads, generator):
         schedule, scorer = Schedule(layers, {min(schedule): 0.0}), scorers.most_recent
     else:
         scorer = scorers.random(generator) if name == "random" else SCORERS.get(name)
+    if name == "sdtp_adaptive":  # each prompt keeps what its scores ask for, on average the schedule's shares
+        return heads, Schedule(layers, schedule, span=schedule.span, mass=schedule.mass, adaptive=True)
     if name in PEERS or span:
         schedule = Schedule(layers, schedule, span=int(span or 1))
     return heads if name == "sdtp" else dict.fromkeys(schedule, scorer), schedule
@@ -241,12 +243,12 @@ def check_methods(methods):
     """ValueError for a method that is not one of KNOWN, or has a span that is none."""
     for method in methods:
         name, at, span = method.partition("@")
-        if name not in KNOWN or (at and (name == "dense" or not span.isdecimal() or int(span) < 1)):
+        if name not in KNOWN or (at and (name in ("dense", "sdtp_adaptive") or not span.isdecimal() or int(span) < 1)):
             raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
 
 
 def needs_heads(methods):
-    return any(method.partition("@")[0] == "sdtp" for method in methods)
+    return any(method.partition("@")[0] in ("sdtp", "sdtp_adaptive") for method in methods)
 
 
 def print_table(rows):
@@ -289,10 +291,12 @@ def main():
         count = min(config.limit, len(windows))
         examples = [windows[i * len(windows) // count] for i in range(count)]
     else:
-        _, held_out = data.load(
+        training, held_out = data.load(
             config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
         )
         examples = held_out[: config.limit]
+        if "sdtp_adaptive" in methods and not schedule.mass:  # --keep, or heads that were saved without
+            schedule = calibrate(model, [e.prompt for e in training[:CALIBRATION_PROMPTS]], heads, schedule)
     rows = perplexity(
         model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size
     )
