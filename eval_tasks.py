@@ -37,7 +37,7 @@ SCORERS = {  # training-free, at the stages of the heads
 }
 PEERS = ("lazyllm", "fastkv", "gemfilter", "self_information")  # whole policies, at stages of their own
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
-KNOWN = (*METHODS, *SCORERS, *PEERS, "sdtp_adaptive")
+KNOWN = (*METHODS, *SCORERS, *PEERS)
 
 
 @dataclass
@@ -99,7 +99,7 @@ def policy(method, model, schedule, heads, generator):
     else:
         scorer = scorers.random(generator) if name == "random" else SCORERS.get(name)
     if name == "sdtp_adaptive":  # each prompt keeps what its scores ask for, on average the schedule's shares
-        return heads, Schedule(layers, schedule, span=schedule.span, mass=schedule.mass, adaptive=True)
+        return heads, Schedule(layers, schedule, span=schedule.span, drop_mass=schedule.drop_mass, adaptive=True)
     if name in PEERS or span:
         schedule = Schedule(layers, schedule, span=int(span or 1))
     return heads if name == "sdtp" else dict.fromkeys(schedule, scorer), schedule
@@ -243,7 +243,9 @@ def check_methods(methods):
     """ValueError for a method that is not one of KNOWN, or has a span that is none."""
     for method in methods:
         name, at, span = method.partition("@")
-        if name not in KNOWN or (at and (name in ("dense", "sdtp_adaptive") or not span.isdecimal() or int(span) < 1)):
+        if method == "sdtp_adaptive":
+            continue
+        if name not in KNOWN or (at and (name == "dense" or not span.isdecimal() or int(span) < 1)):
             raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; NAME@16 for spans of 16 tokens)")
 
 
@@ -295,7 +297,7 @@ def main():
             config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
         )
         examples = held_out[: config.limit]
-        if "sdtp_adaptive" in methods and not schedule.mass:  # --keep, or heads that were saved without
+        if "sdtp_adaptive" in methods and not schedule.drop_mass:  # --keep, or heads that were saved without
             schedule = calibrate(model, [e.prompt for e in training[:CALIBRATION_PROMPTS]], heads, schedule)
     rows = perplexity(
         model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size

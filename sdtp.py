@@ -56,22 +56,22 @@ class Schedule(dict):
     that are scored, kept or dropped together (1: the paper's). ValueError names a layer outside the model, a
     share outside [0, 1] or above the one before, or a span below 1.
 
-    adaptive, not the paper's: a prompt keeps its protected tokens and its best spans, as many as hold a share
-    mass[layer] of the softmax over its spans' scores (top-p, over spans; softmax, as L_list leaves a prompt's scores a
-    constant). calibrate() finds the mass by which prompts keep the shares on average: mean_share() and alive() are
-    expectations then. A mass that is there but not adaptive changes nothing.
+    adaptive, not the paper's: a prompt drops its lowest spans, as many as hold at most a share drop_mass[layer] of the
+    softmax over its spans' scores (top-p, over spans; the softmax, as L_list leaves a prompt's scores a constant free).
+    calibrate() finds the masses by which prompts keep the shares on average: mean_share() and alive() are expectations
+    then. A drop_mass without adaptive changes nothing.
     """
 
     def __init__(
         self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1,
-        mass=None, adaptive=False,
+        drop_mass=None, adaptive=False,
     ):  # fmt: skip
         if shares is None:
             layers = range(first_layer, num_hidden_layers, step)[:stages]
             shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
         self.num_hidden_layers, self.span, self.adaptive = num_hidden_layers, span, adaptive
-        self.mass = {int(layer): float(share) for layer, share in (mass or {}).items()}
+        self.drop_mass = {int(layer): float(mass) for layer, mass in (drop_mass or {}).items()}
         if span < 1:
             raise ValueError(f"the schedule has spans of {span} tokens; at least 1 is needed")
         if not self:
@@ -89,9 +89,10 @@ class Schedule(dict):
                     f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before"
                 )
             previous = share
-        if (mass or adaptive) and not (self.mass.keys() == self.keys() and all(0 < p < 1 for p in self.mass.values())):
+        masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
+        if (masses or adaptive) and not (masses.keys() == self.keys() and right):
             raise ValueError(
-                f"an adaptive schedule needs a mass between 0 and 1 at each of layers {list(self)}, not {self.mass}; eval_tasks.py --data finds it"
+                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {list(self)}, not {masses}; eval_tasks.py --data finds it"
             )
 
     def mean_share(self):
@@ -130,7 +131,7 @@ class Schedule(dict):
         if not self.adaptive:
             return [self[layer]] * len(seqlens)
         parts = zip(scores.split(seqlens), positions.split(seqlens), prompt_lens)
-        return [mass_share(*part, self.mass[layer], self.span) for part in parts]
+        return [adaptive_share(*part, self.drop_mass[layer], self.span) for part in parts]
 
     def alive(self, n, shares=None):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts; shares: {layer: its own}."""
@@ -151,8 +152,8 @@ def span_means(scores, positions, span):
     return scores.new_zeros(len(counts)).index_add(0, index, scores) / counts, index
 
 
-def mass_share(scores, positions, n, mass, span):
-    """What an adaptive stage keeps, as a share of the prompt of n tokens: the protected, and the fewest spans of that mass.
+def adaptive_share(scores, positions, n, drop_mass, span):
+    """What an adaptive stage keeps, as a share of the prompt of n tokens: all but the lowest spans of at most that mass.
 
     scores, positions: (T,) of its rows alive; a span's score is the mean over those that may be dropped, as in select().
     """
@@ -160,10 +161,10 @@ def mass_share(scores, positions, n, mass, span):
     if not free.any():
         return len(positions) / n
     means, index = span_means(scores[free].nan_to_num(nan=-math.inf), positions[free], span)
-    means, order = means.flip(0).sort(descending=True, stable=True)  # of equal scores the later comes first
-    p = means.softmax(-1)
-    spans = (p.cumsum(-1) - p < mass).sum()  # the one that reaches the mass is in
-    return ((~free).sum() + index.bincount().flip(0)[order][:spans].sum()).item() / n
+    means, order = means.double().sort(stable=True)  # of equal scores the earlier goes first, as in select()
+    p = means.softmax(-1).nan_to_num(nan=0.0)  # of scores none of which is a number
+    dropped = (p.cumsum(-1) <= drop_mass).sum()  # summed from below, where a peaked softmax has its small numbers
+    return (len(positions) - index.bincount()[order][:dropped].sum().item()) / n
 
 
 def pool(scores, positions, span):
@@ -311,7 +312,7 @@ def save_heads(folder, heads, model, schedule, **info):
         "sha256": hashlib.sha256(data).hexdigest(),
         "schedule": {str(layer): share for layer, share in schedule.items()},
         "span": schedule.span,
-        "mass": {str(layer): mass for layer, mass in schedule.mass.items()},
+        "drop_mass": {str(layer): mass for layer, mass in schedule.drop_mass.items()},
         "head": next(iter(heads.values())).options,
         **info,
     }
@@ -330,7 +331,8 @@ def load_heads(folder, model):
             f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
         )
     try:
-        schedule = Schedule(len(model.layers), meta["schedule"], span=meta.get("span", 1), mass=meta.get("mass"))
+        more = {"span": meta.get("span", 1), "drop_mass": meta.get("drop_mass")}
+        schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
         heads = {layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule}
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
@@ -406,22 +408,22 @@ def calibrate(model, prompts, scorers, schedule, rounds=40):
     """
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
-    x, positions, mass = model.embed(ids), model.positions(seqlens), {}
+    x, positions, drop_mass = model.embed(ids), model.positions(seqlens), {}
     for layer, block in enumerate(model.layers[: max(schedule) + 1]):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
             rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))
-            wanted, low, high = sum(alive_count(n, schedule[layer]) for n in prompt_lens), 0.0, 1.0
+            wanted, low, high = sum(alive_count(n, schedule[layer]) for n in prompt_lens), -700.0, 0.0  # log masses
             for _ in range(rounds):
                 middle = (low + high) / 2
-                shares = [mass_share(*row, middle, schedule.span) for row in rows]
-                more = sum(alive_count(n, share) for n, share in zip(prompt_lens, shares)) < wanted
+                shares = [adaptive_share(*row, math.exp(middle), schedule.span) for row in rows]
+                more = sum(alive_count(n, share) for n, share in zip(prompt_lens, shares)) >= wanted
                 low, high = (middle, high) if more else (low, middle)
-            mass[layer] = middle
+            drop_mass[layer] = math.exp(middle)
             keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
         x = block(x, positions, seqlens)
-    return Schedule(len(model.layers), schedule, span=schedule.span, mass=mass)
+    return Schedule(len(model.layers), schedule, span=schedule.span, drop_mass=drop_mass)
 
 
 def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):

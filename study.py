@@ -90,13 +90,8 @@ class StudyConfig:
 
 def arguments(fields):
     """{field: value} as a script's flags."""
-    return [
-        part
-        for name, value in fields.items()
-        for part in (
-            [f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{name}"]
-        )
-    ]
+    pairs = ((name, value) if value is not False else (f"no-{name}", True) for name, value in fields.items())
+    return [part for name, value in pairs for part in (f"--{name}", *[str(value)] * (value is not True))]
 
 
 def slug(variant):
@@ -137,19 +132,31 @@ def collect(variant, out):
     return row | {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
 
 
+COLUMNS = {  # of the Markdown table: title -> how a row fills it
+    "variant": "{variant}",
+    "prompts": "{prompts}",
+    "overlap": "{overlap:.3f}",
+    "L_list": "{list:.3f}",
+    "PPL difference": "{ppl_diff:+.1%}",
+    "95 % interval": "{low:+.1%} to {high:+.1%}",
+    "of the teacher": "{teacher_ppl_diff:+.1%}",
+    "mean alive": "{mean_alive:.3f}",
+    "block FLOPs": "{flops_share:.3f}",
+}
+
+
 def table(rows):
-    """The rows of collect() as Markdown."""
-    lines = [
-        "| variant | prompts | overlap | L_list | PPL difference | 95 % interval | of the teacher | mean alive |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        listed = f"{r['list']:.3f}" if "list" in r else ""
-        lines.append(
-            f"| {r['variant']} | {r['prompts']} | {r['overlap']:.3f} | {listed} | {r['ppl_diff']:+.1%} "
-            f"| {r['low']:+.1%} to {r['high']:+.1%} | {r['teacher_ppl_diff']:+.1%} | {r['mean_alive']:.3f} |"
-        )
-    return "\n".join(lines)
+    """Rows as Markdown, with the columns that some row fills."""
+
+    def cell(row, column):
+        try:
+            return COLUMNS[column].format_map(row)
+        except KeyError:
+            return ""
+
+    columns = [c for c in COLUMNS if any(cell(row, c) for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(row, c) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(rows, title, path):
@@ -255,19 +262,17 @@ def rankers(model, example, layers, config, heads):
 def measure(model, examples, schedules, config, heads, path):
     """[[nats of each example's response] under each schedule, None: dense]; what is at `path` is not run again."""
     spans = [s and Schedule(len(model.layers), s, span=config.span) for s in schedules]
-    how = json.dumps([config.ckpt, config.scorer, config.heads, config.span, spans, str(model.norm.weight.dtype)])
+    layers = sorted({layer for s in spans if s for layer in s})
+    how = [config.ckpt, config.scorer, config.heads, config.span, spans, str(model.norm.weight.dtype)]
+    keys = [hashlib.sha256(json.dumps([*how, example]).encode()).hexdigest() for example in examples]
     known = read_json(path) if path.is_file() else {}
-    for i, example in enumerate(examples):
-        key = hashlib.sha256((how + json.dumps(example)).encode()).hexdigest()
-        if key in known:
-            continue
-        layers = sorted({layer for s in spans if s for layer in s})
-        ranks = rankers(model, example, layers, config, heads)
-        results = [eval_tasks.score(model, [example], s and {layer: ranks[layer] for layer in s}, s) for s in spans]
-        known[key] = [nats[0].sum().item() for nats, _, _ in results]
-        write_atomic(path, json.dumps(known).encode())
-        print(f"prompt {i + 1}/{len(examples)}: {len(spans)} schedules", flush=True)
-    keys = [hashlib.sha256((how + json.dumps(e)).encode()).hexdigest() for e in examples]
+    for i, (key, example) in enumerate(zip(keys, examples, strict=True)):
+        if key not in known:
+            ranks = rankers(model, example, layers, config, heads)
+            results = [eval_tasks.score(model, [example], s and {layer: ranks[layer] for layer in s}, s) for s in spans]
+            known[key] = [nats[0].sum().item() for nats, _, _ in results]
+            write_atomic(path, json.dumps(known).encode())
+            print(f"prompt {i + 1}/{len(examples)}: {len(spans)} schedules", flush=True)
     return [list(nats) for nats in zip(*(known[key] for key in keys))]
 
 
@@ -276,21 +281,6 @@ def difference(nats, dense, examples):
     tokens = sum(len(e.response) for e in examples)
     losses = [{"loss": sum(part) / tokens} for part in (nats, dense)]
     return eval_tasks.compare(losses[0], nats, losses[1], dense, ("ppl_diff", "low", "high"), examples)
-
-
-def draw_sensitivity(damage, path):
-    """Nats lost by pruning at one layer alone, against the share kept, a line per layer."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for i, (layer, lost) in enumerate(damage.items()):
-        axis.plot(list(lost), list(lost.values()), marker=".", label=layer, color=plt.cm.viridis(i / len(damage)))
-    axis.set(xlabel="share kept", ylabel="nats per token lost, at least")
-    axis.legend(title="layer", fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run_schedule(config):
@@ -302,69 +292,57 @@ def run_schedule(config):
         shares = sorted({float(share) for share in config.shares.split(",")}, reverse=True)
     except ValueError:
         raise ValueError(f"--layers {config.layers} --shares {config.shares}: numbers with commas are needed") from None
-    cli.at_least(1, config, "prompts")
+    cli.at_least(1, config, "prompts", "span")
     model, folder = cli.load_model(config)
-    heads = None
-    if config.scorer == "sdtp":
-        heads, _, _ = load_heads(config.heads, model)
-        layers = list(heads)
+    heads = load_heads(config.heads, model)[0] if config.scorer == "sdtp" else None
+    layers = list(heads or layers)
     training, _ = data.load(config.data or "pydoc,made", Tokenizer(folder), config.prompt_len)
     if len(training) < 2 * config.prompts:
         raise ValueError(f"--prompts {config.prompts}: twice as many are needed, there are {len(training)}")
     drawn = random.Random(0).sample(training, 2 * config.prompts)
     examples, others = drawn[: config.prompts], drawn[config.prompts :]
     depth, n = len(model.layers), round(statistics.fmean(len(e.prompt) for e in drawn))
-    start, path = (
-        Schedule(depth, first_layer=config.first_layer, stages=1).with_ratio(config.ratio),
-        Path(config.out_dir),
-    )
-    path = path / "schedule" / "nats.json"
+    budget = Schedule(depth, first_layer=config.first_layer, stages=1).with_ratio(config.ratio)
+    path = Path(config.out_dir) / "schedule" / "nats.json"
 
     alone = [(layer, share) for layer in layers for share in shares]
-    stages = [None, *({layer: share} for layer, share in alone)]
-    dense, *each = measure(model, examples, stages, config, heads, path)
-    effects = {key: difference(nats, dense, examples) for key, nats in zip(alone, each, strict=True)}
-    damage = {}  # fewer tokens never help but by chance: the running maximum
-    for layer, share in alone:
-        nats = math.log1p(effects[layer, share]["ppl_diff"])
-        damage.setdefault(layer, {})[share] = max(0.0, nats, *damage.get(layer, {}).values())
+    dense, *each = measure(model, examples, [None, *({layer: s} for layer, s in alone)], config, heads, path)
+    sensitivity, damage = [], {}
+    for (layer, share), nats in zip(alone, each, strict=True):
+        row = {"variant": f"layer {layer}: {share}", "prompts": len(examples)} | difference(nats, dense, examples)
+        sensitivity.append(row)
+        # Fewer tokens never help but by chance: the running maximum.
+        damage.setdefault(layer, {})[share] = max(0.0, math.log1p(row["ppl_diff"]), *damage.get(layer, {}).values())
     cost = {share: eval_tasks.block_flops(model.config, alive_count(n, share)) for share in (1.0, *shares)}
-    found = Schedule(depth, allocate(damage, cost, depth, flops_of(start, n, model)))
+    found = Schedule(depth, allocate(damage, cost, depth, flops_of(budget, n, model)))
     single = one_stage(config.first_layer, flops_of(found, n, model), n, model)
 
     dense, *both = measure(model, others, [None, found, single], config, heads, path)
     rows = []
     for name, schedule, nats in zip(("found", "one stage"), (found, single), both, strict=True):
-        spent = flops_of(schedule, n, model) / (depth * cost[1.0])
         given = ",".join(f"{layer}:{round(share, 4)}" for layer, share in schedule.items())
-        row = {"variant": name, "shares": given, "flops_share": spent, "mean_share": schedule.mean_share()}
-        rows.append(row | difference(nats, dense, others) | {"scorer": config.scorer, "eval_prompts": len(others)})
-    between = difference(both[0], both[1], others)
-    rows[0] |= {f"over_one_stage_{name}": value for name, value in between.items()}
-
-    lines = [f"PPL difference of pruning at one layer alone by {config.scorer}, {len(examples)} training prompts:\n"]
-    lines += [f"| layer | {' | '.join(f'keep {s}' for s in shares)} |", "|---" * (len(shares) + 1) + "|"]
-    for layer in layers:
-        lines.append(f"| {layer} | {' | '.join('{:+.1%}'.format(effects[layer, s]['ppl_diff']) for s in shares)} |")
-    lines += [f"\nOn {len(others)} other training prompts of {n} tokens on average:\n"]
-    lines += ["| schedule | --shares | executed FLOPs | PPL difference | 95 % interval |", "|---|---|---|---|---|"]
-    for r in rows:
-        interval = f"{r['ppl_diff']:+.1%} | {r['low']:+.1%} to {r['high']:+.1%}"
-        lines.append(f"| {r['variant']} | {r['shares']} | {r['flops_share']:.3f} | {interval} |")
-    interval = f"{between['ppl_diff']:+.1%} ({between['low']:+.1%} to {between['high']:+.1%})"
-    lines.append(f"\nFound over one stage: {interval}")
-    print("\n".join(lines))
-    sensitivity = [{"layer": layer, "share": share} | effects[layer, share] for layer, share in alone]
-    write("schedule", "\n".join(lines), [*rows, *sensitivity], config)
-    draw_sensitivity(damage, Path(config.results) / "schedule.png")
+        flops = flops_of(schedule, n, model) / (depth * cost[1.0])
+        row = {"variant": f"{name}, --shares {given}", "prompts": len(others), "flops_share": flops}
+        rows.append(row | difference(nats, dense, others))
+    rows.append({"variant": "found over one stage", "prompts": len(others)} | difference(*both, others))
+    text = (
+        f"Scorer: {config.scorer}, spans of {config.span}. At one layer alone, and the schedules on other prompts:\n\n"
+    )
+    print(table(sensitivity + rows))
+    write(
+        "schedule",
+        text + table(sensitivity + rows),
+        [r | {"scorer": config.scorer} for r in sensitivity + rows],
+        config,
+    )
+    draw(sensitivity, "pruned at one layer alone, against the share kept", Path(config.results) / "schedule.png")
 
 
 def main():
-    names = (*STUDIES, "schedule")
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, names = "".join(sys.argv[1:2]), (*STUDIES, "schedule")
+    if name not in (*names, "-h", "--help"):
+        raise ValueError(f"which study? give its name first: {', '.join(names)}")
     config = cli.parse(StudyConfig, __doc__, sys.argv[1 + (name in names) :])
-    if name not in names:
-        raise ValueError(f"which study? {', '.join(names)}")
     if name == "schedule":
         run_schedule(config)
     else:
