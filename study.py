@@ -104,15 +104,15 @@ def run_variant(out, fields, config):
     base = {name: getattr(config, name) for name in ("ckpt", "data", "eval_prompts", "dtype", "device")}
     base["max_prompts"] = config.limit
     flags = [*arguments(base | fields), *shlex.split(config.flags)]
-    if not (out / "flags.json").is_file():
+    started = (out / "config.json").is_file()
+    if not started:
         write_atomic(out / "flags.json", json.dumps(flags).encode())
-    if json.loads(data.read_text(out / "flags.json")) != flags:
+    elif json.loads(data.read_text(out / "flags.json")) != flags:
         raise ValueError(f"{out} holds a run with other flags (flags.json): delete it, or choose another --out_dir")
     if (out / "eval.json").is_file():
         return
-    resume = ["--resume"] * (out / "config.json").is_file()
-    places = ["--out_dir", str(out), "--label_cache", config.label_cache]
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *places, *resume]
+    places = ["--out_dir", str(out), "--label_cache", config.label_cache, *["--resume"] * started]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *places]
     with open(out / "stdout.log", "ab") as log:
         done = subprocess.run(command, stdout=log, stderr=log, check=False)
     if done.returncode:
@@ -181,13 +181,11 @@ def draw(rows, title, path):
     plt.close(figure)
 
 
-def write(name, text, rows, config):
+def write(name, rows, config, note="Prompts trained on; measured on held-out ones."):
     """NAME.md and NAME.json in --results."""
-    results = Path(config.results)
-    origin = (
-        f"`{cli.ORIGIN['command']}`, commit {cli.ORIGIN['commit']}, {cli.ORIGIN['machine']}, {cli.ORIGIN['versions']}"
-    )
-    write_atomic(results / f"{name}.md", f"# Study: {name}\n\n{text}\n\n{origin}\n".encode())
+    results, origin = Path(config.results), ", ".join(cli.ORIGIN[key] for key in ("commit", "machine", "versions"))
+    text = f"# Study: {name}\n\n{note}\n\n{table(rows)}\n\n`{cli.ORIGIN['command']}`, commit {origin}\n"
+    write_atomic(results / f"{name}.md", text.encode())
     cli.write_rows(results / f"{name}.json", rows, study=name)
 
 
@@ -202,7 +200,7 @@ def run_variants(name, config):
         print(f"{variant}: {' '.join(arguments(fields))} > {out / 'stdout.log'}", flush=True)
         run_variant(out, fields, config)
         rows.append(collect(variant, out))
-        write(name, table(rows), rows, config)
+        write(name, rows, config)
     print(table(rows))
     draw(rows, f"{name}, {rows[0]['eval_prompts']} held-out prompts", Path(config.results) / f"{name}.png")
 
@@ -325,16 +323,9 @@ def run_schedule(config):
         row = {"variant": f"{name}, --shares {given}", "prompts": len(others), "flops_share": flops}
         rows.append(row | difference(nats, dense, others))
     rows.append({"variant": "found over one stage", "prompts": len(others)} | difference(*both, others))
-    text = (
-        f"Scorer: {config.scorer}, spans of {config.span}. At one layer alone, and the schedules on other prompts:\n\n"
-    )
     print(table(sensitivity + rows))
-    write(
-        "schedule",
-        text + table(sensitivity + rows),
-        [r | {"scorer": config.scorer} for r in sensitivity + rows],
-        config,
-    )
+    note = f"Prompts of the training part, pruned by {config.scorer} at one layer alone: its share kept; then others."
+    write("schedule", [r | {"scorer": config.scorer} for r in sensitivity + rows], config, note)
     draw(sensitivity, "pruned at one layer alone, against the share kept", Path(config.results) / "schedule.png")
 
 
