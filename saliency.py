@@ -78,7 +78,9 @@ def mark(
     return labels, states
 
 
-NOISE = 0.2  # of noisy copies, in standard deviations of the embeddings
+# Of noisy copies, in standard deviations of the embeddings. One copy's labels rank the tokens of a prompt of 512 as those
+# without noise do with rho 0.98 at 0.2, 0.90 at 0.5 and 0.47 at 1.0, where it is hardly the same text.
+NOISE = 0.5
 
 
 def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None):

@@ -80,8 +80,16 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
     assert table(rows) in (world / "results" / "two.md").read_text()
     with pytest.raises(SystemExit, match="a holds a run with other flags"):
         run(monkeypatch, world, "two", *more, "--limit", "10")
-    with pytest.raises(SystemExit, match="variant 'a' failed, see .*: train.py: --epochs 0"):
-        run(monkeypatch, world, "two", "--flags=--epochs 0", "--out_dir", str(world / "failed"))
+
+
+def test_a_variant_that_fails(world, monkeypatch):
+    """The study ends in one line with the run's last; flags of a run that never began may be given anew."""
+    (world / "fails").write_text("#!/bin/sh\necho first\necho train.py: no such flag\nexit 1\n")
+    (world / "fails").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(world / "fails"))
+    for limit in ("20", "10"):
+        with pytest.raises(SystemExit, match="variant 'a' failed, see .*stdout.log: train.py: no such flag"):
+            run(monkeypatch, world, "two", "--limit", limit, "--out_dir", str(world / "failed"))
 
 
 def test_collect_and_table(tmp_path):
