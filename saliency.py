@@ -44,15 +44,29 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
     return mark(model, ids, layers, teacher, seqlens, prompt_lens, checkpoint_blocks)[0]
 
 
-def mark(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False):
-    """label(), and the states that it labels: ({layer: (T,)}, {layer: (T, hidden_size)})."""
+def mark(
+    model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False,
+    noisy_copies=0, noise=None,
+):  # fmt: skip
+    """label(), and the states that it labels: ({layer: (T,)}, {layer: (T, hidden_size)}).
+
+    noisy_copies: labels are the mean over so many passes with noise on the embeddings (SmoothGrad, Smilkov et al.
+    2017), the states those without; noise: the torch.Generator of one such pass.
+    """
     if teacher not in TEACHERS:
         raise ValueError(f"unknown teacher {teacher!r} (known: {', '.join(TEACHERS)})")
     seqlens = [len(ids)] if seqlens is None else seqlens
+    if noisy_copies:  # a generator of its own: what a run draws must not depend on what its label cache holds
+        noise, how = torch.Generator().manual_seed(0), (teacher, seqlens, prompt_lens, checkpoint_blocks)
+        copies = [mark(model, ids, layers, *how, noise=noise)[0] for _ in range(noisy_copies)]
+        with torch.no_grad():
+            states, _ = hidden_states(model, ids, layers, seqlens)
+        states = {layer: x.detach() for layer, x in states.items()}
+        return {layer: torch.stack([c[layer] for c in copies]).mean(0) for layer in states}, states
     if teacher == "attention_entropy":
-        return entropy_labels(model, ids, layers, seqlens)
+        return entropy_labels(model, ids, layers, seqlens, noise)
     with torch.enable_grad():
-        states, last = hidden_states(model, ids, layers, seqlens, checkpoint_blocks)
+        states, last = hidden_states(model, ids, layers, seqlens, checkpoint_blocks, noise)
         rows = scored_rows(seqlens, [1] * len(seqlens) if prompt_lens is None else prompt_lens)
         loss = F.cross_entropy(model.logits(last[rows]).float(), ids[rows + 1], reduction="sum")
         gradients = torch.autograd.grad(loss, list(states.values()))
@@ -64,12 +78,20 @@ def mark(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None
     return labels, states
 
 
-def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False):
+# Of noisy copies, in standard deviations of the embeddings. One copy's labels rank the tokens of a prompt of 512 as those
+# without noise do with rho 0.98 at 0.2, 0.90 at 0.5 and 0.47 at 1.0, where it is hardly the same text.
+NOISE = 0.5
+
+
+def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None):
     """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block).
 
     The graph starts at the first of the layers: no gradient is needed before it, nor of any parameter.
+    noise: a torch.Generator of Gaussian noise on the embeddings.
     """
     x, positions, states = model.embed(ids), model.positions(seqlens), {}
+    if noise:
+        x = x + NOISE * x.std() * torch.randn(x.shape, generator=noise).to(x)
     for layer, block in enumerate(model.layers):
         if layer in layers:
             states[layer] = x = x if states else x.detach().requires_grad_()
@@ -98,9 +120,9 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
 
 
 @torch.no_grad()
-def entropy_labels(model, ids, layers, seqlens, block=256):
+def entropy_labels(model, ids, layers, seqlens, noise=None, block=256):
     """attention_entropy of mark(), by blocks of query rows: never a whole T x T map."""
-    states, _ = hidden_states(model, ids, layers, seqlens)
+    states, _ = hidden_states(model, ids, layers, seqlens, noise=noise)
     positions, labels = model.positions(seqlens), {}
     for layer, x in states.items():
         attention, parts = model.layers[layer].self_attn, []

@@ -55,14 +55,23 @@ class Schedule(dict):
     stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. span: neighbouring tokens
     that are scored, kept or dropped together (1: the paper's). ValueError names a layer outside the model, a
     share outside [0, 1] or above the one before, or a span below 1.
+
+    adaptive, not the paper's: a prompt drops its lowest spans, as many as hold at most a share drop_mass[layer] of the
+    softmax over its spans' scores (top-p, over spans; the softmax, as L_list leaves a prompt's scores a constant free).
+    calibrate() finds the masses by which prompts keep the shares on average: mean_share() and alive() are expectations
+    then. A drop_mass without adaptive changes nothing.
     """
 
-    def __init__(self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1):
+    def __init__(
+        self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1,
+        drop_mass=None, adaptive=False,
+    ):  # fmt: skip
         if shares is None:
             layers = range(first_layer, num_hidden_layers, step)[:stages]
             shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
-        self.num_hidden_layers, self.span = num_hidden_layers, span
+        self.num_hidden_layers, self.span, self.adaptive = num_hidden_layers, span, adaptive
+        self.drop_mass = {int(layer): float(mass) for layer, mass in (drop_mass or {}).items()}
         if span < 1:
             raise ValueError(f"the schedule has spans of {span} tokens; at least 1 is needed")
         if not self:
@@ -80,6 +89,11 @@ class Schedule(dict):
                     f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before"
                 )
             previous = share
+        masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
+        if (masses or adaptive) and not (masses.keys() == self.keys() and right):
+            raise ValueError(
+                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {list(self)}, not {masses}; eval_tasks.py --data finds it"
+            )
 
     def mean_share(self):
         """Share of a prompt alive, mean over the layers: what linear FLOPs go by (protected tokens aside)."""
@@ -114,12 +128,19 @@ class Schedule(dict):
         """fitted() to the mean_share() of the paper's stages at that ratio: on the paper's own, shares of ratio**s."""
         return self.fitted(Schedule.mean_share, paper_stages(self.num_hidden_layers, ratio).mean_share())
 
-    def alive(self, n):
-        """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts."""
+    def shares(self, layer, scores, positions, seqlens, prompt_lens):
+        """The share that each of the packed prompts keeps at a stage: the schedule's, or what its scores ask for."""
+        if not self.adaptive:
+            return [self[layer]] * len(seqlens)
+        parts = zip(scores.split(seqlens), positions.split(seqlens), prompt_lens)
+        return [adaptive_share(*part, self.drop_mass[layer], self.span) for part in parts]
+
+    def alive(self, n, shares=None):
+        """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts; shares: {layer: its own}."""
         counts, count = [], n
         for layer in range(self.num_hidden_layers):
             if layer in self:
-                count = alive_count(n, self[layer])
+                count = alive_count(n, (shares or self)[layer])
             counts.append(count)
         return counts
 
@@ -138,6 +159,21 @@ def span_means(scores, positions, span):
     return scores.new_zeros(len(counts)).index_add(0, index, scores) / counts, index
 
 
+def adaptive_share(scores, positions, n, drop_mass, span):
+    """What an adaptive stage keeps, as a share of the prompt of n tokens: all but the lowest spans of at most that mass.
+
+    scores, positions: (T,) of its rows alive; a span's score is the mean over those that may be dropped, as in select().
+    """
+    free = ~is_protected(positions, n)
+    if not free.any():
+        return len(positions) / n
+    means, index = span_means(scores[free].nan_to_num(nan=-math.inf), positions[free], span)
+    means, order = means.double().sort(stable=True)  # of equal scores the earlier goes first, as in select()
+    p = means.softmax(-1).nan_to_num(nan=0.0)  # of scores none of which is a number
+    dropped = (p.cumsum(-1) <= drop_mass).sum()  # summed from below, where a peaked softmax has its small numbers
+    return (len(positions) - index.bincount()[order][:dropped].sum().item()) / n
+
+
 def pool(scores, positions, span):
     """(T,) the mean score of each row's span, over the rows of one sequence that are alive."""
     if span == 1:
@@ -149,14 +185,16 @@ def pool(scores, positions, span):
 def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
 
-    scores: (T,) float32; positions: (T,); seqlens: rows alive per sequence; prompt_lens: prompt tokens
-    per sequence, dropped ones included; span: whole spans of so many tokens are kept, by the mean score of what of them
-    may be dropped, but for the last one, of which the later tokens fill the count. Returns ((K,) ascending row indices, rows kept per sequence).
+    scores: (T,) float32; positions: (T,); share: of each prompt, or a list with one for each; seqlens: rows alive
+    per sequence; prompt_lens: prompt tokens per sequence, dropped ones included; span: whole spans of so many tokens are
+    kept, by the mean score of what of them may be dropped, but for the last one, of which the later tokens fill the
+    count. Returns ((K,) ascending row indices, rows kept per sequence).
     """
     keep, kept, start = [], [], 0
-    for rows, length, n in zip(scores.split(seqlens), seqlens, prompt_lens):
+    shares = share if isinstance(share, list) else [share] * len(seqlens)
+    for rows, length, n, part in zip(scores.split(seqlens), seqlens, prompt_lens, shares):
         here = positions[start : start + length]
-        protected, count = is_protected(here, n), min(length, alive_count(n, share))
+        protected, count = is_protected(here, n), min(length, alive_count(n, part))
         ranked = torch.full_like(rows, math.inf)  # the protected: nothing else is infinite, and NaN is last
         ranked[~protected] = pool(rows[~protected], here[~protected], span).nan_to_num(nan=-math.inf)
         order = ranked.flip(0).argsort(descending=True, stable=True)  # reversed: of equal scores the later comes first
@@ -286,6 +324,7 @@ def save_heads(folder, heads, model, schedule, **info):
         "sha256": hashlib.sha256(data).hexdigest(),
         "schedule": {str(layer): share for layer, share in schedule.items()},
         "span": schedule.span,
+        "drop_mass": {str(layer): mass for layer, mass in schedule.drop_mass.items()},
         "head": next(iter(heads.values())).options,
         **info,
     }
@@ -304,7 +343,8 @@ def load_heads(folder, model):
             f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
         )
     try:
-        schedule = Schedule(len(model.layers), meta["schedule"], span=meta.get("span", 1))
+        more = {"span": meta.get("span", 1), "drop_mass": meta.get("drop_mass")}
+        schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
         heads = {layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule}
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
@@ -369,25 +409,59 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")
-    x, positions = model.embed(ids), model.positions(seqlens)
+    x, positions, shares = model.embed(ids), model.positions(seqlens), {}
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
-            keep, seqlens = select(scores, positions, schedule[layer], seqlens, prompt_lens, schedule.span)
+            shares[layer] = schedule.shares(layer, scores, positions, seqlens, prompt_lens)
+            keep, seqlens = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
         x = block(x, positions, seqlens, cache[layer])
-    check_alive(cache, schedule, prompt_lens)
+    check_alive(cache, schedule, prompt_lens, shares)
     return model.logits(x[torch.tensor(seqlens).cumsum(0) - 1]), cache
 
 
-def check_alive(cache, schedule, prompt_lens):
-    """The guard against a silent no-op: RuntimeError unless the cache holds what the schedule asks for."""
-    wanted = [schedule.alive(n) if schedule else [n] * len(cache.layers) for n in prompt_lens]
+def check_alive(cache, schedule, prompt_lens, shares):
+    """The guard against a silent no-op: RuntimeError unless the cache holds what the schedule asks for.
+
+    shares: {layer: share per prompt}, from Schedule.shares and not from what was selected.
+    """
+    asked = [{layer: each[i] for layer, each in shares.items()} for i in range(len(prompt_lens))]
+    wanted = [schedule.alive(n, s) if schedule else [n] * len(cache.layers) for n, s in zip(prompt_lens, asked)]
     for layer, (held, asked) in enumerate(zip(cache.seqlens(), zip(*wanted))):
         if held != list(asked):
             raise RuntimeError(
                 f"layer {layer} holds {held} tokens where the schedule asks for {list(asked)}: pruning was not applied"
             )
+
+
+CALIBRATION_PROMPTS = 64  # training prompts that scripts give to calibrate()
+
+
+@torch.no_grad()
+def calibrate(model, prompts, scorers, schedule, rounds=40):
+    """The Schedule with the masses by which, used adaptively, these prompts keep as many tokens together as by its shares.
+
+    prompts: lists of token ids, all packed into one forward; scorers: as in prefill. Stage by stage, by bisection.
+    """
+    seqlens = prompt_lens = [len(ids) for ids in prompts]
+    ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
+    x, positions, drop_mass = model.embed(ids), model.positions(seqlens), {}
+    for layer, block in enumerate(model.layers[: max(schedule) + 1]):
+        if layer in schedule:
+            scores = scorers[layer](x, positions, seqlens, block)
+            rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))
+            wanted, low, high = sum(alive_count(n, schedule[layer]) for n in prompt_lens), -700.0, 0.0  # log masses
+            for _ in range(rounds):
+                middle = (low + high) / 2
+                shares = [adaptive_share(*row, math.exp(middle), schedule.span) for row in rows]
+                more = sum(alive_count(n, share) for n, share in zip(prompt_lens, shares)) >= wanted
+                low, high = (middle, high) if more else (low, middle)
+            drop_mass[layer] = math.exp(middle)
+            keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
+            x, positions = x[keep], positions[keep]
+        x = block(x, positions, seqlens)
+    return Schedule(len(model.layers), schedule, span=schedule.span, drop_mass=drop_mass)
 
 
 def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):

@@ -33,7 +33,8 @@ from download import DEFAULT
 from eval_tasks import METHODS, perplexity, print_table
 from model import read_json, visible
 from sdtp import (
-    PruneHead, Schedule, alive_count, fingerprint, is_protected, pool, protected_count, save_heads, span_means, write_atomic,
+    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, fingerprint, is_protected, pool,
+    protected_count, save_heads, span_means, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
 
@@ -50,6 +51,7 @@ class TrainConfig:
     step: int = 3  # layers from stage to stage
     stages: int = 1  # stages at most, as many as fit
     ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
+    shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
     span: int = 8  # neighbouring tokens scored, kept and dropped together
     # the heads
     divisor: int = 4  # their hidden layer has hidden_size / divisor units
@@ -58,6 +60,7 @@ class TrainConfig:
     matches: int = 8  # products with the prompt's last tokens that they see
     teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = "response"  # the loss of the gradient teachers: over the response, or all next tokens
+    noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list
     list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
@@ -321,7 +324,9 @@ def mark(model, examples, layers, config):
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
     ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
     starts = prompt_lens if config.label_loss == "response" else None
-    marked = saliency.mark(model, ids, layers, config.teacher, seqlens, starts, recompute(model, config))
+    marked = saliency.mark(
+        model, ids, layers, config.teacher, seqlens, starts, recompute(model, config), config.noisy_copies
+    )
     return ids, seqlens, prompt_lens, *marked
 
 
@@ -337,6 +342,7 @@ def pack(model, examples, schedule, config):
         config.teacher,
         config.label_loss,
         layers,
+        *[config.noisy_copies] * bool(config.noisy_copies),
     ]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
@@ -589,13 +595,29 @@ def check_flags(config):
         "span",
         "divisor",
     )
-    cli.at_least(0, config, "first_layer", "max_prompts", "matches", "list_power")
+    cli.at_least(0, config, "first_layer", "max_prompts", "matches", "list_power", "noisy_copies")
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
         raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
     if config.distill and not config.lm_weight:
         raise ValueError("--distill goes by --lm_weight, which is 0")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
+
+
+def make_schedule(config, num_hidden_layers):
+    """The Schedule of --shares, or of the stages with the compute of --ratio; ValueError for a malformed one."""
+    if not config.shares:
+        stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
+        return Schedule(num_hidden_layers, **stages).with_ratio(config.ratio)
+    try:
+        pairs = [(int(layer), float(share)) for layer, share in (part.split(":") for part in config.shares.split(","))]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--shares {config.shares}: LAYER:SHARE with commas is needed, as in 4:0.7,10:0.5, each layer once"
+        ) from None
+    return Schedule(num_hidden_layers, dict(pairs), span=config.span)
 
 
 def prompts(config, tokenizer, model):
@@ -628,13 +650,13 @@ def main():
         config.label_cache = str(Path(config.out_dir) / "labels")
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly,pydoc,made")
     model, folder = cli.load_model(config)
-    stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
-    schedule = Schedule(len(model.layers), **stages).with_ratio(config.ratio)
+    schedule = make_schedule(config, len(model.layers))
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model, config) for layer in schedule}
     history = train(model, heads, examples, schedule, config)
 
+    schedule = calibrate(model, [e.prompt for e in examples[:CALIBRATION_PROMPTS]], heads, schedule)
     out = Path(config.out_dir)
     save_heads(
         out / "heads",

@@ -656,3 +656,21 @@ def test_script_finds_the_heads_of_a_span(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.split()])
         with pytest.raises(SystemExit, match="heads/tiny/heads.json does not exist"):
             cli.run(eval_tasks.main)
+
+
+def test_sdtp_adaptive():
+    """The heads' own mass per stage; refused without one, and with a span of its own."""
+    model, ranker = tiny.build(), heads()
+    with_mass = Schedule(3, SCHEDULE, drop_mass={1: 0.3, 2: 0.3})
+    rows = perplexity(model, EXAMPLES, ["sdtp", "sdtp_adaptive"], with_mass, ranker)
+    runs = [
+        score(model, [e], ranker, Schedule(3, SCHEDULE, drop_mass=with_mass.drop_mass, adaptive=True)) for e in EXAMPLES
+    ]
+    alive = sum(sum(counts) / 3 for _, (counts,), _ in runs) / sum(len(e.prompt) for e in EXAMPLES)
+    assert rows[2]["mean_alive"] == pytest.approx(alive) and rows[1]["mean_alive"] != pytest.approx(alive)
+    with pytest.raises(ValueError, match="needs a drop_mass"):
+        perplexity(model, EXAMPLES, ["sdtp_adaptive"], SCHEDULE, ranker)
+    with pytest.raises(ValueError, match="needs heads"):
+        perplexity(model, EXAMPLES, ["sdtp_adaptive"], with_mass)
+    with pytest.raises(ValueError, match="unknown method"):
+        check_methods(["sdtp_adaptive@8"])

@@ -170,3 +170,22 @@ def test_script(tmp_path):
     assert [r["layer"] for r in rows] == [0, 1, 2] and {"commit", "command", "versions", "machine", "seed"} <= rows[
         0
     ].keys()
+
+
+@pytest.mark.parametrize("teacher", saliency.TEACHERS)
+def test_noisy_copies(teacher):
+    """Labels are the mean over passes on noisy embeddings, states the clean ones; the same each time; no noise, no change."""
+    model, ids = tiny.build(), tiny.ids(40)
+    how = (teacher, [25, 15], [20, 9])
+    labels, states = saliency.mark(model, ids, [1, 2], *how, noisy_copies=3)
+    clean, clean_states = saliency.mark(model, ids, [1, 2], *how)
+    embed, generator, parts = model.embed, torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        x = embed(ids)
+        noisy = x + saliency.NOISE * x.std() * torch.randn(x.shape, generator=generator).double()
+        model.embed = lambda ids, noisy=noisy: noisy
+        parts.append(saliency.mark(model, ids, [1, 2], *how)[0])
+    for layer in (1, 2):
+        assert torch.allclose(labels[layer], sum(p[layer] for p in parts) / 3, rtol=1e-6)
+        assert not torch.allclose(labels[layer], clean[layer], rtol=1e-3)
+        assert torch.allclose(states[layer], clean_states[layer], rtol=1e-9)

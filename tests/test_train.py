@@ -655,3 +655,15 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
     torch.testing.assert_close(
         masked_attend(q, k, v, *args, torch.ones(9, dtype=torch.float64)), attend(q, k, v, *args)
     )
+
+
+def test_given_shares():
+    """--shares is the schedule as written, whatever the flags of stages; a malformed one is named."""
+    config = TrainConfig(shares="10:0.5,4:0.7", span=3, ratio=0.1)
+    schedule = train.make_schedule(config, 30)
+    assert schedule == {4: 0.7, 10: 0.5} and schedule.span == 3
+    for shares in ("4", "4:0.7,", "4:a", "x:0.7", "4:0.7,4:0.6", "4:0.7:1", ":"):
+        with pytest.raises(ValueError, match=f"--shares {shares}: LAYER:SHARE"):
+            train.make_schedule(TrainConfig(shares=shares), 30)
+    with pytest.raises(ValueError, match="layer 40"):
+        train.make_schedule(TrainConfig(shares="40:0.7"), 30)

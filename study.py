@@ -1,0 +1,344 @@
+"""Studies of the method: one command trains and measures each variant, then writes a table, a figure and JSON.
+
+    python study.py span                        # results/studies/span.md, .png, .json
+    python study.py span --limit 16 --eval_prompts 4 --results out/try    # the same, small
+    python study.py schedule --scorer teacher   # which layers bear pruning, and the schedule that follows
+
+A variant is a run of train.py in out/studies/NAME/VARIANT. A stopped study goes on where it was: give the same command
+again. Prompts that are measured on are held out (schedule: the end of the training part, as it chooses).
+"""
+
+import bisect
+import hashlib
+import json
+import math
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import cli
+import data
+import eval_tasks
+import saliency
+import scorers
+from download import DEFAULT
+from model import read_json
+from sdtp import Schedule, alive_count, load_heads, write_atomic
+from tokenizer import Tokenizer
+from train import PAPER
+
+BARE = {"norm": False, "position": False, "matches": 0}  # the paper's head
+STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
+    "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
+    "teacher": {
+        **{f"{t}, {loss}": {"teacher": t, "label_loss": loss} for t in ("grad_norm", "grad_x_input") for loss in ("response", "all")},
+        "attention_entropy": {"teacher": "attention_entropy"},
+        **{f"grad_norm, response, {k} noisy copies": {"noisy_copies": k} for k in (4, 8)},
+    },
+    "losses": {
+        "paper": PAPER,
+        "no rank": PAPER | {"rank_weight": 0.0},
+        "no rank, no MSE": PAPER | {"rank_weight": 0.0, "mse_weight": 0.0},
+        "with distillation": PAPER | {"distill": True},
+        "ours": {},
+    },
+    "heads": {
+        "plain": BARE,
+        "+ norm": BARE | {"norm": True},
+        "+ position": BARE | {"norm": True, "position": True},
+        **{f"+ matches, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
+    },
+    "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
+    "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)},
+    "prompts": {str(n or "all"): {"max_prompts": n} for n in (125, 250, 500, 1000, 2000, 0)},
+    "seeds": {str(seed): {"seed": seed} for seed in range(3)},
+}  # fmt: skip
+
+
+@dataclass
+class StudyConfig:
+    ckpt: str = DEFAULT  # checkpoint folder or name
+    data: str = ""  # as train.py's
+    limit: int = 500  # training prompts at most (0: all; variants that ask for more are left out)
+    eval_prompts: int = 32  # held-out prompts that variants are measured on
+    flags: str = ""  # more flags for every variant's train.py: --flags="--epochs 2 --lr 1e-3"
+    out_dir: str = "out/studies"  # runs go to out_dir/NAME/VARIANT
+    label_cache: str = "out/studies/labels"  # what all runs have marked
+    results: str = "results/studies"  # the table, figure and JSON go here
+    # study schedule
+    scorer: str = "teacher"  # teacher, sdtp (with --heads), or a training-free scorer of eval_tasks.py
+    heads: str = ""  # sdtp: folder of heads, at whose layers stages may be
+    layers: str = "1,2,4,6,8,10,13,16,20,24"  # where stages may be
+    shares: str = "0.85,0.7,0.55,0.45,0.35,0.25,0.15"  # what they may keep
+    ratio: float = 0.9  # compute to spend: of one stage at --first_layer with train.py's --ratio
+    first_layer: int = 4  # the layer of that stage
+    span: int = 8  # neighbouring tokens kept or dropped together
+    prompts: int = 16  # training prompts to find the schedule on, and as many others to measure it on
+    prompt_len: int = 512  # text: tokens of a prompt
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
+
+
+# ---------------------------------------------------------------------------- variants
+
+
+def arguments(fields):
+    """{field: value} as a script's flags."""
+    pairs = ((name, value) if value is not False else (f"no-{name}", True) for name, value in fields.items())
+    return [part for name, value in pairs for part in (f"--{name}", *[str(value)] * (value is not True))]
+
+
+def slug(variant):
+    """A variant's folder name."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in variant)
+
+
+def run_variant(out, fields, config):
+    """One run of train.py, or what is left of it; ValueError where it fails, or the folder holds another run."""
+    base = {name: getattr(config, name) for name in ("ckpt", "data", "eval_prompts", "dtype", "device")}
+    base["max_prompts"] = config.limit
+    flags = [*arguments(base | fields), *shlex.split(config.flags)]
+    started = (out / "config.json").is_file()
+    if not started:
+        write_atomic(out / "flags.json", json.dumps(flags).encode())
+    elif json.loads(data.read_text(out / "flags.json")) != flags:
+        raise ValueError(f"{out} holds a run with other flags (flags.json): delete it, or choose another --out_dir")
+    if (out / "eval.json").is_file():
+        return
+    places = ["--out_dir", str(out), "--label_cache", config.label_cache, *["--resume"] * started]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *places]
+    with open(out / "stdout.log", "ab") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        last = data.read_text(out / "stdout.log").strip().splitlines()[-1:]
+        raise ValueError(f"variant {out.name!r} failed, see {out / 'stdout.log'}: {' '.join(last)}")
+
+
+def collect(variant, out):
+    """The table row of a finished run: heads and teacher on its held-out prompts, the mean of the log's last tenth."""
+    rows = {row["method"]: row for row in json.loads(data.read_text(out / "eval.json"))}
+    log = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines()]
+    end = log[-max(1, len(log) // 10) :]
+    row = {"variant": variant, "prompts": read_json(out / "heads" / "heads.json")["prompts"]}
+    row |= {name: statistics.fmean(r[name] for r in end) for name in ("overlap", "list") if name in end[0]}
+    row |= {name: rows["sdtp"][name] for name in ("ppl_diff", "low", "high", "mean_alive", "flops_share")}
+    row |= {"teacher_ppl_diff": rows["teacher"]["ppl_diff"], "eval_prompts": rows["sdtp"]["prompts"]}
+    return row | {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
+
+
+COLUMNS = {  # of the Markdown table: title -> how a row fills it
+    "variant": "{variant}",
+    "prompts": "{prompts}",
+    "overlap": "{overlap:.3f}",
+    "L_list": "{list:.3f}",
+    "PPL difference": "{ppl_diff:+.1%}",
+    "95 % interval": "{low:+.1%} to {high:+.1%}",
+    "of the teacher": "{teacher_ppl_diff:+.1%}",
+    "mean alive": "{mean_alive:.3f}",
+    "block FLOPs": "{flops_share:.3f}",
+}
+
+
+def table(rows):
+    """Rows as Markdown, with the columns that some row fills."""
+
+    def cell(row, column):
+        try:
+            return COLUMNS[column].format_map(row)
+        except KeyError:
+            return ""
+
+    columns = [c for c in COLUMNS if any(cell(row, c) for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(row, c) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(rows, title, path):
+    """PPL difference of each variant with its interval, in per cent; variants "LINE: X" as lines over X."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    names = [r["variant"].rpartition(": ") for r in rows]
+    for line in dict.fromkeys(name[0] for name in names):
+        part = [(x, r) for (label, _, x), r in zip(names, rows) if label == line]
+        middle = [100 * r["ppl_diff"] for _, r in part]
+        error = [[100 * abs(r[end] - r["ppl_diff"]) for _, r in part] for end in ("low", "high")]
+        axis.errorbar([x for x, _ in part], middle, error, marker="o", capsize=3, ls="-" if line else "", label=line)
+    if any(name[0] for name in names):
+        axis.legend()
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(title=title, ylabel="PPL difference, %")
+    axis.tick_params("x", rotation=0 if all(len(x) < 6 for _, _, x in names) else 30)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(name, rows, config, note="Prompts trained on; measured on held-out ones."):
+    """NAME.md and NAME.json in --results."""
+    results, origin = Path(config.results), ", ".join(cli.ORIGIN[key] for key in ("commit", "machine", "versions"))
+    text = f"# Study: {name}\n\n{note}\n\n{table(rows)}\n\n`{cli.ORIGIN['command']}`, commit {origin}\n"
+    write_atomic(results / f"{name}.md", text.encode())
+    cli.write_rows(results / f"{name}.json", rows, study=name)
+
+
+def run_variants(name, config):
+    """A study of STUDIES; what is done so far is written after each variant."""
+    rows = []
+    for variant, fields in STUDIES[name].items():
+        if config.limit and not 0 < fields.get("max_prompts", 1) <= config.limit:
+            print(f"{variant}: left out, --limit is {config.limit}", flush=True)
+            continue
+        out = Path(config.out_dir) / name / slug(variant)
+        print(f"{variant}: {' '.join(arguments(fields))} > {out / 'stdout.log'}", flush=True)
+        run_variant(out, fields, config)
+        rows.append(collect(variant, out))
+        write(name, rows, config)
+    print(table(rows))
+    draw(rows, f"{name}, {rows[0]['eval_prompts']} held-out prompts", Path(config.results) / f"{name}.png")
+
+
+# ---------------------------------------------------------------------------- the schedule
+
+
+def allocate(damage, cost, num_hidden_layers, budget):
+    """{layer: share}: the stages of least damage whose layers cost at most the budget; exact, by dynamic programming.
+
+    damage: {layer: {share: nats lost when pruned to it there alone}}; cost: {share: FLOPs of a layer}, 1.0 among them.
+    A stage that goes from share a to b is taken to lose damage(b) - damage(a) of its layer. ValueError: out of reach.
+    """
+    layers = sorted(damage)
+    fronts = {1.0: [(layers[0] * cost[1.0], 0.0, {})]}  # share alive: [(FLOPs, nats, stages)], none beaten in both
+    for layer, end in zip(layers, [*layers[1:], num_hidden_layers]):
+        lost, found = damage[layer] | {1.0: 0.0}, {}
+        for alive, paths in fronts.items():
+            for share in (s for s in lost if s <= alive):
+                more, worse = (end - layer) * cost[share], lost[share] - lost[alive]
+                step = {layer: share} if share < alive else {}
+                found.setdefault(share, []).extend((f + more, n + worse, stages | step) for f, n, stages in paths)
+        fronts = {}
+        for share, paths in found.items():
+            best = float("inf")
+            for path in sorted((p for p in paths if p[0] <= budget), key=lambda p: p[:2]):
+                if path[1] < best:
+                    best = path[1]
+                    fronts.setdefault(share, []).append(path)
+    if not fronts:
+        raise ValueError("no schedule of these layers and shares costs as little as the budget")
+    return min((p for paths in fronts.values() for p in paths), key=lambda p: (p[1], p[0]))[2]
+
+
+def one_stage(layer, flops, n, model):
+    """The Schedule of one stage at a layer whose blocks take that many FLOPs on a prompt of n tokens."""
+    depth, cost = len(model.layers), lambda rows: eval_tasks.block_flops(model.config, rows)
+    count = bisect.bisect_left(range(n + 1), (flops - layer * cost(n)) / (depth - layer), key=cost)
+    return Schedule(depth, {layer: min(1.0, count / n)})
+
+
+def flops_of(schedule, n, model):
+    return sum(eval_tasks.block_flops(model.config, rows) for rows in schedule.alive(n))
+
+
+def rankers(model, example, layers, config, heads):
+    """{layer: scorer} for one example; the teacher marks all layers in one pass."""
+    if config.scorer == "sdtp":
+        return heads
+    if config.scorer != "teacher":
+        return dict.fromkeys(layers, eval_tasks.SCORERS[config.scorer])
+    ids = torch.tensor(example.prompt + example.response, device=model.device)
+    labels = saliency.label(model, ids, layers, prompt_lens=[len(example.prompt)])
+    return {layer: scorers.from_labels([label]) for layer, label in labels.items()}
+
+
+def measure(model, examples, schedules, config, heads, path):
+    """[[nats of each example's response] under each schedule, None: dense]; what is at `path` is not run again."""
+    spans = [s and Schedule(len(model.layers), s, span=config.span) for s in schedules]
+    layers = sorted({layer for s in spans if s for layer in s})
+    how = [config.ckpt, config.scorer, config.heads, config.span, spans, str(model.norm.weight.dtype)]
+    keys = [hashlib.sha256(json.dumps([*how, example]).encode()).hexdigest() for example in examples]
+    known = read_json(path) if path.is_file() else {}
+    for i, (key, example) in enumerate(zip(keys, examples, strict=True)):
+        if key not in known:
+            ranks = rankers(model, example, layers, config, heads)
+            results = [eval_tasks.score(model, [example], s and {layer: ranks[layer] for layer in s}, s) for s in spans]
+            known[key] = [nats[0].sum().item() for nats, _, _ in results]
+            write_atomic(path, json.dumps(known).encode())
+            print(f"prompt {i + 1}/{len(examples)}: {len(spans)} schedules", flush=True)
+    return [list(nats) for nats in zip(*(known[key] for key in keys))]
+
+
+def difference(nats, dense, examples):
+    """{"ppl_diff", "low", "high"} against nats of the same examples."""
+    tokens = sum(len(e.response) for e in examples)
+    losses = [{"loss": sum(part) / tokens} for part in (nats, dense)]
+    return eval_tasks.compare(losses[0], nats, losses[1], dense, ("ppl_diff", "low", "high"), examples)
+
+
+def run_schedule(config):
+    """The study `schedule`: sensitivity, allocation, and what the schedule found costs on other prompts."""
+    if config.scorer not in ("teacher", "sdtp", *eval_tasks.SCORERS):
+        raise ValueError(f"--scorer {config.scorer}: choose teacher, sdtp, {', '.join(eval_tasks.SCORERS)}")
+    try:
+        layers = [int(layer) for layer in config.layers.split(",")]
+        shares = sorted({float(share) for share in config.shares.split(",")}, reverse=True)
+    except ValueError:
+        raise ValueError(f"--layers {config.layers} --shares {config.shares}: numbers with commas are needed") from None
+    cli.at_least(1, config, "prompts", "span")
+    model, folder = cli.load_model(config)
+    heads = load_heads(config.heads, model)[0] if config.scorer == "sdtp" else None
+    layers = list(heads or layers)
+    training, _ = data.load(config.data or "pydoc,made", Tokenizer(folder), config.prompt_len)
+    if len(training) < 2 * config.prompts:
+        raise ValueError(f"--prompts {config.prompts}: twice as many are needed, there are {len(training)}")
+    drawn = random.Random(0).sample(training, 2 * config.prompts)
+    examples, others = drawn[: config.prompts], drawn[config.prompts :]
+    depth, n = len(model.layers), round(statistics.fmean(len(e.prompt) for e in drawn))
+    budget = Schedule(depth, first_layer=config.first_layer, stages=1).with_ratio(config.ratio)
+    path = Path(config.out_dir) / "schedule" / "nats.json"
+
+    alone = [(layer, share) for layer in layers for share in shares]
+    dense, *each = measure(model, examples, [None, *({layer: s} for layer, s in alone)], config, heads, path)
+    sensitivity, damage = [], {}
+    for (layer, share), nats in zip(alone, each, strict=True):
+        row = {"variant": f"layer {layer}: {share}", "prompts": len(examples)} | difference(nats, dense, examples)
+        sensitivity.append(row)
+        # Fewer tokens never help but by chance: the running maximum.
+        damage.setdefault(layer, {})[share] = max(0.0, math.log1p(row["ppl_diff"]), *damage.get(layer, {}).values())
+    cost = {share: eval_tasks.block_flops(model.config, alive_count(n, share)) for share in (1.0, *shares)}
+    found = Schedule(depth, allocate(damage, cost, depth, flops_of(budget, n, model)))
+    single = one_stage(config.first_layer, flops_of(found, n, model), n, model)
+
+    dense, *both = measure(model, others, [None, found, single], config, heads, path)
+    rows = []
+    for name, schedule, nats in zip(("found", "one stage"), (found, single), both, strict=True):
+        given = ",".join(f"{layer}:{round(share, 4)}" for layer, share in schedule.items())
+        flops = flops_of(schedule, n, model) / (depth * cost[1.0])
+        row = {"variant": f"{name}, --shares {given}", "prompts": len(others), "flops_share": flops}
+        rows.append(row | difference(nats, dense, others))
+    rows.append({"variant": "found over one stage", "prompts": len(others)} | difference(*both, others))
+    print(table(sensitivity + rows))
+    note = f"Prompts of the training part, pruned by {config.scorer} at one layer alone: its share kept; then others."
+    write("schedule", [r | {"scorer": config.scorer} for r in sensitivity + rows], config, note)
+    draw(sensitivity, "pruned at one layer alone, against the share kept", Path(config.results) / "schedule.png")
+
+
+def main():
+    name, names = "".join(sys.argv[1:2]), (*STUDIES, "schedule")
+    if name not in (*names, "-h", "--help"):
+        raise ValueError(f"which study? give its name first: {', '.join(names)}")
+    config = cli.parse(StudyConfig, __doc__, sys.argv[1 + (name in names) :])
+    if name == "schedule":
+        run_schedule(config)
+    else:
+        run_variants(name, config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

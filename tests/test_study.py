@@ -1,0 +1,199 @@
+"""study.py: a study killed and resumed, its table from eval.json, and the schedule search against brute force."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import cli
+import eval_tasks
+import study
+from sdtp import Schedule
+from study import allocate, arguments, collect, flops_of, one_stage, table
+
+FLAGS = "--first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80 --checkpoint_every 10"
+TWO = {"two": {"a": {"seed": 1}, "b, longer": {"seed": 1, "epochs": 8, "norm": False}, "left out": {"max_prompts": 50}}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    tiny.checkpoint(folder / "tiny", max_position_embeddings=256)
+    words = torch.randint(0, 40, (4200,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.txt").write_text("".join(tiny.ALPHABET[3 + w] for w in words))
+    return folder
+
+
+def argv(world, name, *more):
+    flags = f"--ckpt {world}/tiny --data {world}/text.txt --out_dir {world}/out --label_cache {world}/labels"
+    flags += f" --results {world}/results --dtype float32 --device cpu"
+    return ["study.py", name, *flags.split(), *more]
+
+
+def run(patch, *arguments):
+    patch.setattr(sys, "argv", argv(*arguments))
+    patch.setattr(study, "STUDIES", TWO)
+    patch.setenv("MPLBACKEND", "Agg")
+    cli.run(study.main)
+
+
+def test_killed_and_resumed(world, monkeypatch, capsys):
+    """kill -9 of a study in its second variant: it goes on there, the first is not run again, other flags are refused."""
+    here = Path(study.__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(here)}
+    more = ("--limit", "20", "--eval_prompts", "2", f"--flags={FLAGS}")
+    code = f"import cli, study; study.STUDIES = {TWO!r}; cli.run(study.main)"
+    command = [sys.executable, "-c", code, *argv(world, "two", *more)[1:]]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, cwd=world, start_new_session=True)
+    out, log = world / "out" / "two", world / "out" / "two" / "b__longer" / "log.jsonl"
+    try:
+        while not log.is_file() or log.read_text().count("\n") < 12:
+            assert process.poll() is None
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (log.parent / "eval.json").exists() and (log.parent / "checkpoint.safetensors").is_file()
+    assert len(json.loads((world / "results" / "two.json").read_text())) == 1  # what was done is written
+    first = (out / "a" / "stdout.log").read_text()
+
+    run(monkeypatch, world, "two", *more)
+    assert (out / "a" / "stdout.log").read_text() == first and "left out: left out" in capsys.readouterr().out
+    starts = [line for line in (log.parent / "stdout.log").read_text().splitlines() if "steps to go" in line]
+    left = [int(line.split(", ")[1].split()[0]) for line in starts]
+    assert len(left) == 2 and left[1] < left[0] == 80 and left[1] % 10 == 0
+    rows = json.loads((world / "results" / "two.json").read_text())
+    assert [r["variant"] for r in rows] == ["a", "b, longer"] and {"commit", "run_commit"} <= rows[0].keys()
+    for row, name in zip(rows, ("a", "b__longer"), strict=True):
+        by_method = {r["method"]: r for r in json.loads((out / name / "eval.json").read_text())}
+        assert row["ppl_diff"] == by_method["sdtp"]["ppl_diff"] and row["prompts"] == 20
+    assert (world / "results" / "two.png").read_bytes()[:4] == b"\x89PNG"
+    assert table(rows) in (world / "results" / "two.md").read_text()
+    with pytest.raises(SystemExit, match="a holds a run with other flags"):
+        run(monkeypatch, world, "two", *more, "--limit", "10")
+
+
+def test_a_variant_that_fails(world, monkeypatch):
+    """The study ends in one line with the run's last; flags of a run that never began may be given anew."""
+    (world / "fails").write_text("#!/bin/sh\necho first\necho train.py: no such flag\nexit 1\n")
+    (world / "fails").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(world / "fails"))
+    for limit in ("20", "10"):
+        with pytest.raises(SystemExit, match="variant 'a' failed, see .*stdout.log: train.py: no such flag"):
+            run(monkeypatch, world, "two", "--limit", limit, "--out_dir", str(world / "failed"))
+
+
+def test_collect_and_table(tmp_path):
+    """A row by hand: heads' and teacher's figures, the mean of the log's last tenth."""
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "heads.json").write_text('{"prompts": 7}')
+    origin = {"prompts": 3, "commit": "c", "command": "python train.py", "mean_alive": 0.5, "flops_share": 0.4}
+    sdtp = {"method": "sdtp", "ppl_diff": 0.25, "low": 0.125, "high": 0.5, **origin}
+    evaluated = [{"method": "teacher", "ppl_diff": -0.0625}, sdtp]
+    (tmp_path / "eval.json").write_text(json.dumps(evaluated))
+    log = [{"step": i, "overlap": 0.25 * (i >= 18) + 0.5 * (i == 19), "list": i} for i in range(20)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    row = collect("a", tmp_path)
+    assert row["overlap"] == 0.5 and row["list"] == 18.5 and row["teacher_ppl_diff"] == -0.0625 and row["prompts"] == 7
+    bare = {k: v for k, v in row.items() if k != "list"} | {"variant": "b"}
+    assert table([row, bare]).splitlines() == [
+        "| variant | prompts | overlap | L_list | PPL difference | 95 % interval | of the teacher | mean alive | block FLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| a | 7 | 0.500 | 18.500 | +25.0% | +12.5% to +50.0% | -6.2% | 0.500 | 0.400 |",
+        "| b | 7 | 0.500 |  | +25.0% | +12.5% to +50.0% | -6.2% | 0.500 | 0.400 |",
+    ]
+
+
+def test_studies_are_flags_of_train():
+    """Every variant of every study is understood by train.py, and variants of a study have folders of their own."""
+    import train
+
+    for variants in study.STUDIES.values():
+        assert len({study.slug(v) for v in variants}) == len(variants)
+        for fields in variants.values():
+            config = cli.parse(train.TrainConfig, "", arguments(fields))
+            assert all(getattr(config, name) == value for name, value in fields.items())
+            train.check_flags(config)
+            train.make_schedule(config, 30)
+
+
+def all_schedules(damage, depth):
+    """Every {layer: share alive from there on}, by enumeration."""
+    layers = sorted(damage)
+    for alive in itertools.product([1.0, *next(iter(damage.values()))], repeat=len(layers)):
+        if all(a >= b for a, b in itertools.pairwise(alive)):
+            yield dict(zip(layers, alive, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_allocate_equals_brute_force(seed):
+    """The cheapest damage of all schedules within the budget, on random damages and costs."""
+    draw, depth, shares = random.Random(seed), 9, (0.8, 0.5, 0.3, 0.1)
+    cost = {s: s + 0.3 * s * s for s in (1.0, *shares)}
+    damage = {}
+    for layer in sorted(draw.sample(range(depth), 4)):
+        damage[layer] = dict(zip(shares, sorted(draw.random() for _ in shares), strict=True))
+    budget = draw.uniform(0.5, 1) * depth * cost[1.0]
+
+    def flops_and_nats(alive):
+        flops = nats = 0.0
+        share = 1.0
+        for layer in range(depth):
+            after = alive.get(layer, share)
+            if after < share:
+                nats += damage[layer][after] - damage[layer].get(share, 0.0)
+            share = after
+            flops += cost[share]
+        return flops, nats
+
+    within = [v for v in map(flops_and_nats, all_schedules(damage, depth)) if v[0] <= budget]
+    if not within:
+        with pytest.raises(ValueError, match="no schedule"):
+            allocate(damage, cost, depth, budget)
+        return
+    flops, nats = flops_and_nats(allocate(damage, cost, depth, budget))
+    assert flops <= budget + 1e-9 and nats == pytest.approx(min(v[1] for v in within), abs=1e-12)
+
+
+def test_one_stage_costs_the_same():
+    model = tiny.build(num_hidden_layers=5, max_position_embeddings=512)
+    for shares in ({1: 0.7}, {0: 0.9, 2: 0.6}, {2: 0.6, 4: 0.5}):
+        flops = flops_of(Schedule(5, shares), 500, model)
+        single = one_stage(1, flops, 500, model)
+        count = single.alive(500)[1]
+        assert flops <= flops_of(single, 500, model) < flops + 4 * eval_tasks.block_flops(model.config, 1) * 3
+        assert single.alive(500)[0] == 500 and count == single.alive(500)[4]
+
+
+def test_schedule(world, monkeypatch, capsys):
+    """The search on the tiny checkpoint: the schedule found is no worse than one stage in the model's own terms; a second run measures nothing."""
+    more = "--prompts 3 --prompt_len 40 --layers 0,1,2 --shares 0.8,0.6,0.4 --first_layer 1 --span 4".split()
+    run(monkeypatch, world, "schedule", *more)
+    out = capsys.readouterr().out
+    assert "prompt 3/3: 10 schedules" in out and "prompt 3/3: 3 schedules" in out
+    rows = json.loads((world / "results" / "schedule.json").read_text())
+    assert len(rows) == 9 + 3 and [r["variant"].split(",")[0] for r in rows[9:]] == [
+        "found",
+        "one stage",
+        "found over one stage",
+    ]
+    assert rows[9]["flops_share"] == pytest.approx(rows[10]["flops_share"], rel=0.05)
+    assert rows[11]["ppl_diff"] == pytest.approx((1 + rows[9]["ppl_diff"]) / (1 + rows[10]["ppl_diff"]) - 1)
+    assert (world / "results" / "schedule.png").is_file()
+    run(monkeypatch, world, "schedule", *more)
+    assert "prompt 3/3" not in capsys.readouterr().out
+    assert json.loads((world / "results" / "schedule.json").read_text()) == rows
+    for flags, named in ((("--scorer", "magic"), "magic: choose"), (("--layers", "a"), "numbers"), (("--prompts", "99"), "twice as many")):  # fmt: skip
+        with pytest.raises(SystemExit, match=named):
+            run(monkeypatch, world, "schedule", *more, *flags)
+    with pytest.raises(SystemExit, match="which study"):
+        run(monkeypatch, world, "magic")
