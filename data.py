@@ -42,28 +42,52 @@ def prompt_text(config):
 def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
     """(training Examples, held-out Examples) of pydoc, made, dolly, FILE.jsonl, FILE.txt, or several of these with commas.
 
-    pydoc: windows of Python's manual; made: needles to find and sentences to copy in it.
+    pydoc: windows of Python's manual; made: needles to find, sentences to copy and passages to go on with, in the manual
+    and in the contexts of the rows among the sources.
     prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
     response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
     """
-    if "," in source:
-        how = (tokenizer, prompt_len, score_len, min_prompt, max_prompt)
-        parts = zip(*(load(part, *how) for part in source.split(",")))
-        return tuple([e for row in zip_longest(*part) for e in row if e] for part in parts)  # one of each in turn
-    if source == "dolly" or source.endswith(".jsonl"):
-        path = dolly_file() if source == "dolly" else source
-        return tuple(
-            row_examples(part, tokenizer, score_len, min_prompt, max_prompt) for part in split_rows(read_rows(path))
-        )
-    if source not in ("pydoc", "made") and not source.endswith(".txt"):
-        raise ValueError(f"--data {source}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt, or several with commas")
-    # Python's own manual, on every machine: sorted, as its order differs between versions
-    text = read_text(source) if source.endswith(".txt") else "\n".join(topics[name] for name in sorted(topics))
+    names, parts = source.split(","), []
+    rows = {name: split_rows(read_rows(dolly_file() if name == "dolly" else name)) for name in names if is_rows(name)}
+    for name in names:
+        if name in rows:
+            part = [row_examples(half, tokenizer, score_len, min_prompt, max_prompt) for half in rows[name]]
+        elif name == "made":
+            texts = [split_text(manual()), *([contexts(half) for half in pair] for pair in rows.values())]
+            part = [
+                [e for text in half for e in made_examples(text, tokenizer, prompt_len, score_len, held_out)]
+                for held_out, half in enumerate(zip(*texts))
+            ]
+        elif name == "pydoc" or name.endswith(".txt"):
+            halves = split_text(manual() if name == "pydoc" else read_text(name))
+            part = [text_windows(half, tokenizer, prompt_len, score_len) for half in halves]
+        else:
+            raise ValueError(
+                f"--data {name}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt, or several with commas"
+            )
+        parts.append(part)
+    return tuple([e for turn in zip_longest(*half) for e in turn if e] for half in zip(*parts))  # one of each in turn
+
+
+def is_rows(name):
+    """Whether a source holds rows in Dolly's fields."""
+    return name == "dolly" or name.endswith(".jsonl")
+
+
+def manual():
+    """Python's own manual, on every machine: sorted, as its order differs between versions."""
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def split_text(text):
+    """(training, held-out) part of a text."""
     cut = int(len(text) * (1 - HELD_OUT))
-    if source == "made":
-        parts = enumerate((text[:cut], text[cut:]))
-        return tuple(made_examples(part, tokenizer, prompt_len, score_len, held_out) for held_out, part in parts)
-    return tuple(text_windows(part, tokenizer, prompt_len, score_len) for part in (text[:cut], text[cut:]))
+    return text[:cut], text[cut:]
+
+
+def contexts(rows):
+    """The rows' contexts as one text."""
+    return "\n\n".join(row["context"].strip() for row in rows if row["context"].strip())
 
 
 def text_windows(text, tokenizer, prompt_len, score_len):
@@ -163,11 +187,19 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
     return examples
 
 
-def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=150):
-    """Needle and copy Examples of a text, one of each in turn; those held out in other words, with other answers."""
-    needles = needle_examples(text, tokenizer, prompt_len, count, held_out, seed=int(held_out))
-    copies = copy_examples(text, tokenizer, prompt_len, count, score_len)
-    return [e for pair in zip(needles, copies) for e in pair]
+def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=100):
+    """Needle, copy and window Examples of a text, one of each in turn, of prompt_len and of twice as many tokens.
+
+    count: of each kind at most; those held out in other words, with other answers.
+    """
+    examples = []
+    for length in (prompt_len, 2 * prompt_len):
+        needles = needle_examples(text, tokenizer, length, count // 2, held_out, seed=length + held_out)
+        copies = copy_examples(text, tokenizer, length, count // 2, score_len)
+        windows = text_windows(text, tokenizer, length, score_len)
+        windows = windows[:: len(windows) // (count // 2) + 1]
+        examples.append([e for turn in zip_longest(needles, copies, windows) for e in turn if e])
+    return [e for turn in zip_longest(*examples) for e in turn if e]
 
 
 def read_rows(path):

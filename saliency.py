@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from download import DEFAULT
 from model import attend, attention_weights, visible
 
-TEACHERS = ("grad_x_input", "grad_norm", "attention_entropy")
+TEACHERS = ("grad_x_input", "grad_norm", "response_attention", "attention_entropy")
 
 
 def scored_rows(seqlens, starts):
@@ -36,6 +36,8 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
 
     grad_x_input       |sum_d dT/dx_d * x_d|       paper eq. 3, with the absolute value
     grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
+    response_attention mean over that layer and all later ones of the largest head's attention from the scored rows: what
+                       the response reads of a token. A loss has no gradient where copying goes well. No backward pass.
     attention_entropy  1 - mean over heads of H_i / log(visible tokens of i), H_i the entropy of token
                        i's attention at that layer: a token that looks somewhere in particular matters.
                        A token that sees only itself has entropy 0. Needs no loss.
@@ -65,6 +67,8 @@ def mark(
         return {layer: torch.stack([c[layer] for c in copies]).mean(0) for layer in states}, states
     if teacher == "attention_entropy":
         return entropy_labels(model, ids, layers, seqlens, noise)
+    if teacher == "response_attention":
+        return response_labels(model, ids, layers, seqlens, prompt_lens, noise)
     with torch.enable_grad():
         states, last = hidden_states(model, ids, layers, seqlens, checkpoint_blocks, noise)
         rows = scored_rows(seqlens, [1] * len(seqlens) if prompt_lens is None else prompt_lens)
@@ -83,7 +87,7 @@ def mark(
 NOISE = 0.5
 
 
-def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None):
+def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None, attend=None):
     """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block).
 
     The graph starts at the first of the layers: no gradient is needed before it, nor of any parameter.
@@ -96,7 +100,7 @@ def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=No
         if layer in layers:
             states[layer] = x = x if states else x.detach().requires_grad_()
         run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks and states else block
-        x = run(x, positions, seqlens, attend=attend_by_weights)
+        x = run(x, positions, seqlens, attend=attend or attend_by_weights)
     return states, x
 
 
@@ -117,6 +121,26 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
         mixed = scores.softmax(-1).flatten(1, 2) @ v.transpose(0, 1)
         out.append(mixed.unflatten(1, (-1, len(q))).permute(2, 0, 1, 3).flatten(1, 2))  # (T, Hq, D)
     return torch.cat(out)
+
+
+@torch.no_grad()
+def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, block=256):
+    """response_attention of mark(), by blocks of query rows; prompt_lens None: attention from every row but the last."""
+    starts, received = [1] * len(seqlens) if prompt_lens is None else prompt_lens, []
+
+    def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+        parts = []
+        for q_, k_, p, start in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens), starts):
+            rows = zip(
+                q_[start - 1 : -1].split(block), p[start - 1 : -1].split(block)
+            )  # those that predict a scored token
+            parts.append(sum(attention_weights(qs, k_, ps, p, window).sum(1) for qs, ps in rows).amax(0))
+        received.append(torch.cat(parts))
+        return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
+
+    states, _ = hidden_states(model, ids, layers, seqlens, noise=noise, attend=gather)
+    labels = {layer: torch.stack(received[layer:]).mean(0) for layer in states}
+    return labels, {layer: x.detach() for layer, x in states.items()}
 
 
 @torch.no_grad()
@@ -146,7 +170,7 @@ class SaliencyConfig:
     prompt: str = ""  # the text to label
     prompt_file: str = ""  # or a file that holds it
     max_tokens: int = 512  # tokens of it that are read
-    teacher: str = "grad_x_input"  # grad_x_input, grad_norm or attention_entropy
+    teacher: str = "grad_x_input"  # grad_x_input, grad_norm, response_attention or attention_entropy
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     out_dir: str = "out/saliency"  # where the figures go

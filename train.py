@@ -47,9 +47,9 @@ class TrainConfig:
     resume: bool = False  # go on with the run in out_dir
     paper: bool = False  # the paper's recipe instead of ours: see PAPER in train.py for the flags that it sets
     # the method
-    first_layer: int = 4  # first stage (layers count from 0)
+    first_layer: int = 4  # first of --stages (layers count from 0)
     step: int = 3  # layers from stage to stage
-    stages: int = 1  # stages at most, as many as fit
+    stages: int = 0  # stages at most, as many as fit (0: ours, the two of OUR_STAGES)
     ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
     shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
     span: int = 8  # neighbouring tokens scored, kept and dropped together
@@ -58,8 +58,8 @@ class TrainConfig:
     norm: bool = True  # layer-norm the state
     position: bool = True  # they know where in the prompt a token is
     matches: int = 8  # products with the prompt's last tokens that they see
-    teacher: str = "grad_norm"  # grad_norm, grad_x_input (the paper's) or attention_entropy
-    label_loss: str = "response"  # the loss of the gradient teachers: over the response, or all next tokens
+    teacher: str = "response_attention"  # or grad_norm, grad_x_input (the paper's), attention_entropy
+    label_loss: str = "response"  # the tokens that labels are for: those of the response, or all next tokens
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list
@@ -97,8 +97,11 @@ class TrainConfig:
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
 
 
+# {share of the layers below a stage: share of the prompt kept}: one early stage, as what an answer copies must be alive where
+# it is read, and a late one, where hardly anything still is (results/LOG.md, session 4); shares fitted to --ratio.
+OUR_STAGES = {2 / 15: 0.75, 0.8: 0.2}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "epochs": 1,
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "epochs": 1, "teacher": "grad_norm",
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
@@ -588,14 +591,13 @@ def check_flags(config):
         "accumulate",
         "checkpoint_every",
         "step",
-        "stages",
         "rank_pairs",
         "score_len",
         "eval_prompts",
         "span",
         "divisor",
     )
-    cli.at_least(0, config, "first_layer", "max_prompts", "matches", "list_power", "noisy_copies")
+    cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies")
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
         raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
     if config.distill and not config.lm_weight:
@@ -606,6 +608,9 @@ def check_flags(config):
 
 def make_schedule(config, num_hidden_layers):
     """The Schedule of --shares, or of the stages with the compute of --ratio; ValueError for a malformed one."""
+    if not config.shares and not config.stages:
+        shares = {round(depth * num_hidden_layers): share for depth, share in OUR_STAGES.items()}
+        return Schedule(num_hidden_layers, shares, span=config.span).with_ratio(config.ratio)
     if not config.shares:
         stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
         return Schedule(num_hidden_layers, **stages).with_ratio(config.ratio)
