@@ -868,8 +868,9 @@ def test_adaptive_share_by_hand():
     assert sdtp.adaptive_share(30 * scores, positions, 40, 1e-12, 8) * 40 == pytest.approx(
         24
     )  # (0.15 / 0.4)^30 < 1e-12
-    equal = torch.zeros(40)
-    assert sdtp.adaptive_share(equal, positions, 40, 0.21, 8) * 40 == pytest.approx(36)  # the first span: 4 rows
+    longer, lowest_first = torch.arange(44), torch.arange(44.0) / 100  # free rows 4, 8, 8, 8 and 8
+    for values in (torch.zeros(44), lowest_first):  # of equal spans the first goes
+        assert sdtp.adaptive_share(values, longer, 44, 0.21, 8) * 44 == pytest.approx(40)
     scores[20] = math.nan  # no score is the lowest one
     assert sdtp.adaptive_share(scores, positions, 40, 0.01, 8) * 40 == pytest.approx(32)
     assert sdtp.adaptive_share(scores.fill_(math.nan), positions, 40, 0.5, 8) * 40 == pytest.approx(8)
