@@ -71,7 +71,7 @@ class EvalConfig:
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
     methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at layer 2
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
-    teacher: str = "grad_norm"  # the labels that method teacher ranks by
+    teacher: str = "response_attention"  # the labels that method teacher ranks by
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most (needle: of each length)
     lengths: str = "1024,2048,4096"  # needle: tokens of a prompt

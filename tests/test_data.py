@@ -141,7 +141,7 @@ def test_chat_prompt(tokenizer, tmp_path):
 class Words:
     """A tokenizer whose tokens are words, spaces and single signs, without BOS and chat template."""
 
-    chat_template = None
+    chat_template, bos_token_id, adds_bos = None, None, False
 
     def __init__(self):
         self.ids, self.words = {}, []
@@ -250,24 +250,35 @@ def test_copies():
             assert sum(fifth / 5 <= depth <= (fifth + 1) / 5 for depth in depths) >= 4
 
 
-def test_made():
-    """Needles and copies in turn; each part from its own tenths of the manual, the held-out needles in the held-out words with answers of their own."""
-    words = Words()
-    parts = data.load("made", words, 128, 24)
-    manual = "\n".join(data.topics[name] for name in sorted(data.topics))
-    cut, answers = int(len(manual) * 0.9), []
-    for held_out, (part, source) in enumerate(zip(parts, (manual[:cut], manual[cut:]))):
-        assert len(part) > 50 and len(part) % 2 == 0
-        for example in part[1::2]:
-            text = words.decode(example.prompt).rsplit("\n\n", 2)[0]
-            assert "".join(text.split()) in "".join(source.split())
-            assert words.decode(example.response) in text
-        for example in part[::2]:
-            text = taken_apart(example, words, held_out)[0]
-            assert "".join(text.split()) in "".join(source.split())
-        answers.append({words.decode(e.response) for e in part[::2]})
+def test_made(tmp_path):
+    """Needles, copies and windows of two lengths, from each text's own part; held-out needles in the held-out words, with answers of their own."""
+    words, limits = Words(), (60, 24)
+    rows = [row(i, f"context {i} " + "tells of a red fox. " * 40) for i in range(200)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    parts, halves, answers = data.load("made", words, 128, 24), data.split_text(data.manual()), []
+    for held_out, (part, text) in enumerate(zip(parts, halves)):
+        needles = [e for e in part if re.fullmatch(r"\d{5}", words.decode(e.response))]
+        copies = [e for e in part if "Repeat the sentence" in words.decode(e.prompt)[-200:]]
+        windows = [e for e in part if e not in needles and e not in copies]
+        for example in needles:
+            around = taken_apart(example, words, held_out)[0]
+            assert "".join(around.split()) in "".join(text.split())
+        for example in copies:
+            around = words.decode(example.prompt).rsplit("\n\n", 2)[0]
+            assert "".join(around.split()) in "".join(text.split()) and words.decode(example.response) in around
+        for example in windows:
+            assert "".join(words.decode(example.prompt + example.response).split()) in "".join(text.split())
+        assert {len(e.prompt) for e in windows} == {128, 256}
+        assert 10 < len(needles) <= 100 and 10 < len(copies) <= 100 and 10 < len(windows) <= 100
+        assert sum(len(e.prompt) > 160 for e in needles) >= len(needles) // 3
+        answers.append({words.decode(e.response) for e in needles})
     assert not answers[0] & answers[1]
     assert parts == data.load("made", words, 128, 24)
+    both = data.load(f"made,{source}", words, 128, *limits)
+    for held_out, half in enumerate(data.split_rows(rows)):  # of the contexts too, each half from its own rows
+        made = [e for e in both[held_out] if e not in parts[held_out]]
+        numbers = {m for e in made for m in re.findall(r"context (\d+)", words.decode(e.prompt))}
+        assert numbers and numbers <= {str(rows.index(r)) for r in half}
 
 
 @pytest.mark.parametrize("prompt_len", [20, 64])

@@ -170,7 +170,7 @@ def test_one_stage_costs_the_same():
         flops = flops_of(Schedule(5, shares), 500, model)
         single = one_stage(1, flops, 500, model)
         count = single.alive(500)[1]
-        assert flops <= flops_of(single, 500, model) < flops + 4 * eval_tasks.block_flops(model.config, 1) * 3
+        assert flops <= flops_of(single, 500, model) < flops + 4 * study.block_flops(model.config, 1) * 3
         assert single.alive(500)[0] == 500 and count == single.alive(500)[4]
 
 

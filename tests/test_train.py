@@ -503,10 +503,23 @@ def test_recipes(world, monkeypatch, recipe):
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
         assert meta["head"] == {"divisor": 4, "norm": False, "position": False, "matches": 0} and meta["span"] == 1
+        assert meta["teacher"] == "grad_norm" and list(meta["schedule"]) == ["1", "2"]
     else:
         assert not (world / "recipe" / "labels").exists()
         assert "list" in log[0] and not {"lm", "mse", "rank", "alive"} & log[0].keys() and len(log) == 12
-        assert 6 * 38 < sum(marked) < 3 * 6 * 38 and len(meta["schedule"]) == 1
+        assert meta["teacher"] == "response_attention" and list(meta["schedule"]) == ["0", "2"]
+        assert 6 * 38 < sum(marked) < 3 * 6 * 38
+
+
+@pytest.mark.parametrize("layers, stages", [(30, [4, 24]), (32, [4, 26]), (3, [0, 2])])
+def test_default_stages(layers, stages):
+    """An early and a late stage, at the mean share of the paper's at --ratio; as many of the paper's as --stages asks for."""
+    for ratio in (0.9, 0.8):
+        schedule = train.make_schedule(TrainConfig(ratio=ratio), layers)
+        wanted = Schedule(layers, first_layer=min(4, layers - 1), ratio=ratio).mean_share()
+        assert list(schedule) == stages and schedule.span == 8 and schedule.mean_share() == pytest.approx(wanted)
+    if layers > 4:
+        assert list(train.make_schedule(TrainConfig(stages=3), layers)) == [4, 7, 10]
 
 
 def test_list_loss():
