@@ -2,6 +2,7 @@
 
 python eval_tasks.py --tasks ppl --text FILE.txt      # windows of plain text
 python eval_tasks.py --tasks ppl --data FILE.jsonl    # held-out rows in Dolly's fields
+python eval_tasks.py --text FILE.txt --methods dense,sdtp --kv h2o    # the paper's table 6
 """
 
 import math
@@ -21,8 +22,9 @@ import scorers
 from cli import clock
 from data import Example
 from download import DEFAULT
+from kv import compression
 from model import KVCache
-from sdtp import Schedule, prefill, protected_count, select
+from sdtp import Schedule, alive_counts, prefill, protected_count, select
 from tokenizer import Tokenizer
 
 SCORERS = {  # training-free, at the stages of the heads
@@ -49,6 +51,8 @@ class EvalConfig:
     data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
     methods: str = ",".join(METHODS)  # in one run; NAME@16 has spans of 16; floor: only protected tokens stay
     keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule, or 0.9)
+    kv: str = ""  # run each method also with the KV cache compressed after the prefill: h2o or snapkv
+    kv_keep: float = 0.0  # share of the prompt whose keys and values it keeps (0: 0.4, the paper's)
     teacher: str = "grad_norm"  # the labels that method teacher ranks by
     label_loss: str = "response"  # and their loss: over the response, or all next tokens
     limit: int = 64  # prompts at most
@@ -63,11 +67,11 @@ class EvalConfig:
     json: str = ""  # file for the table's rows
 
 
-def score(model, examples, rankers=None, schedule=None):
+def score(model, examples, rankers=None, schedule=None, kv=None):
     """Prefill the prompts of a batch of Examples, then score their responses exactly.
 
     Returns (nats per response token, (S,) per example; tokens alive per layer, a list per example; seconds of
-    the prefill).
+    the prefill; tokens per layer that a Compression kv has left in the cache, a list per example).
     """
     prompts, responses = ([torch.tensor(ids, device=model.device) for ids in part] for part in zip(*examples))
     prompt_lens, scored = [len(p) for p in prompts], [len(r) for r in responses]
@@ -75,13 +79,14 @@ def score(model, examples, rankers=None, schedule=None):
     positions = [p[n:] for p, n in zip(model.positions(sizes).split(sizes), prompt_lens)]
     cache = KVCache(len(model.layers), extra=max(scored))
     start = clock(model)
-    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache)
+    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache, kv)
     seconds = clock(model) - start
-    alive = [list(counts) for counts in zip(*cache.seqlens())]
+    alive = [alive_counts(schedule, n, len(model.layers)) for n in prompt_lens]  # prefill has checked it
+    held = [list(counts) for counts in zip(*cache.seqlens())]
     with torch.no_grad():  # the row after each last token is not used, and spares a case for answers of one token
         rest = model(torch.cat(responses), torch.cat(positions), scored, cache).split(scored)
     logits = (torch.cat((one[None], more[:-1])).float() for one, more in zip(first, rest))
-    return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds
+    return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds, held
 
 
 def policy(method, model, schedule, heads, generator):
@@ -104,16 +109,19 @@ def policy(method, model, schedule, heads, generator):
 
 
 def perplexity(
-    model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0, batch_size=1
-):
+    model, examples, methods, schedule, heads=None, teacher="grad_norm", label_loss="response", seed=0, batch_size=1, kv=None
+):  # fmt: skip
     """One flat row per method: every batch of batch_size examples is run by every method in turn, dense first.
+
+    With a Compression kv each method has a second row, METHOD+h2o or METHOD+snapkv.
 
     loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1;
     mean_alive: share of the prompt alive, mean over layers; compression: its inverse (the paper's 1/tau);
     prefill_speedup: median over batches of dense seconds / method's seconds; at_floor: share of the examples
     of which only the protected tokens are left at the last layer. low, high: 95 % bootstrap interval of ppl_diff
     over the examples, paired; over_sdtp, over_sdtp_low, over_sdtp_high: ppl / sdtp's ppl - 1 likewise.
-    flops_share: block FLOPs of the prefill over dense's, a filtering pass included.
+    flops_share: block FLOPs of the prefill over dense's, a filtering pass and kv's scores included. held: share of the
+    prompt in the KV cache, mean over layers.
     ValueError for an unknown method or no example.
     """
     check_methods(methods)
@@ -121,12 +129,17 @@ def perplexity(
         raise ValueError("no prompt to evaluate on")
     if needs_heads(methods) and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
+    if kv and any(method.startswith("gemfilter") for method in methods):
+        raise ValueError(
+            "gemfilter has no rows with --kv: its prompt is a shorter one, and so would kv_keep's share be"
+        )
     methods = list(dict.fromkeys(["dense", *methods]))
     generator = torch.Generator().manual_seed(seed)
     policies = {m: policy(m, model, schedule, heads, generator) for m in methods}
     policies["dense"] = (None, None)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    results = {m: [] for m in methods}
+    compressions = {"": None} | ({f"+{kv.method}": kv} if kv else {})
+    results = {m + suffix: [] for m in methods for suffix in compressions}
     for batch in tqdm([batches[0], *batches], desc="perplexity", disable=None):  # the first run is a warm-up
         shared = {}  # what several methods rank by: computed once a batch
         for method in methods:
@@ -139,9 +152,10 @@ def perplexity(
             if name == "gemfilter":
                 pruned = [gemfilter(model, e, schedule.mean_share(), stages.span) for e in batch]
                 rankers = stages = None
-            results[method].append(score(model, pruned, rankers, stages))
-    table = {method: summary(method, model.config, results[method][1:], examples) for method in methods}
-    nats = {method: [n.sum().item() for r in results[method][1:] for n in r[0]] for method in methods}
+            for suffix, compressed in compressions.items():
+                results[method + suffix].append(score(model, pruned, rankers, stages, compressed))
+    table = {method: summary(method, model.config, results[method][1:], examples, kv) for method in results}
+    nats = {method: [n.sum().item() for r in results[method][1:] for n in r[0]] for method in results}
     dense_flops = table["dense"]["flops_share"]
     for method, row in table.items():
         row |= compare(row, nats[method], table["dense"], nats["dense"], ("ppl_diff", "low", "high"), examples)
@@ -193,16 +207,19 @@ def gemfilter(model, example, mean_share, span=1):
     return Example(ids[keep].tolist(), example.response)
 
 
-def summary(method, config, results, examples):
+def summary(method, config, results, examples, kv=None):
     """The table row of one method but for what compares it with others; results: score() of each batch."""
+    name, _, compressed = method.partition("+")
     nats = torch.cat([n for r in results for n in r[0]])
     counts = [layers for r in results for layers in r[1]]  # per example
     prompt_tokens = sum(len(e.prompt) for e in examples)
-    alive = sum(sum(c) / len(c) for c in counts) / prompt_tokens
+    alive, held = (sum(sum(c) / len(c) for r in results for c in r[i]) / prompt_tokens for i in (1, 3))
     flops = sum(block_flops(config, n) for layers in counts for n in layers)
     layers = config.num_hidden_layers  # of a filtering pass
     first = {"gemfilter": max(1, round(GEMFILTER_LAYER * layers)), "self_information": layers}
-    flops += first.get(method.partition("@")[0], 0) * sum(block_flops(config, len(e.prompt)) for e in examples)
+    flops += first.get(name.partition("@")[0], 0) * sum(block_flops(config, len(e.prompt)) for e in examples)
+    if compressed:
+        flops += sum(kv.flops(config, c, len(e.prompt)) for c, e in zip(counts, examples))
     loss = nats.mean().item()
     return {
         "method": method,
@@ -213,6 +230,7 @@ def summary(method, config, results, examples):
         "ppl": math.exp(loss),
         "mean_alive": alive,
         "compression": 1 / alive,
+        "held": held,
         "flops_share": flops,
         "at_floor": sum(c[-1] == protected_count(len(e.prompt)) for c, e in zip(counts, examples)) / len(examples),
     }
@@ -251,9 +269,10 @@ def needs_heads(methods):
 
 def print_table(rows):
     """The rows of perplexity(), aligned."""
+    compressed = any("+" in r["method"] for r in rows)
     print(
         f"{'method':<24} {'loss':>7} {'ppl':>8} {'ppl diff':>9} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
-        f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
+        f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}" + f" {'KV':>6}" * compressed
     )
     for r in rows:
         over = "" if "over_sdtp" not in r else f"{r['over_sdtp']:+.1%}"
@@ -262,8 +281,8 @@ def print_table(rows):
             f"{r['method']:<24} {r['loss']:7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%} "
             f"{'[{:+.1%}, {:+.1%}]'.format(r['low'], r['high']):>18} {over:>10} {span:>18} {r['mean_alive']:11.3f} "
             f"{r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
-            + " at the floor"
-            * (r["at_floor"] == 1)
+            + f" {r['held']:6.3f}" * compressed
+            + " at the floor" * (r["at_floor"] == 1)
         )
     first = rows[0]
     print(
@@ -281,6 +300,7 @@ def main():
     cli.at_least(1, config, "limit", "prompt_len", "score_len", "batch_size")
     methods = config.methods.split(",")
     check_methods(methods)
+    kv = compression(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
     heads, schedule = cli.heads_and_schedule(config, model, config.keep, needed=needs_heads(methods))
@@ -294,7 +314,7 @@ def main():
         )
         examples = held_out[: config.limit]
     rows = perplexity(
-        model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size
+        model, examples, methods, schedule, heads, config.teacher, config.label_loss, config.seed, config.batch_size, kv
     )
     print_table(rows)
     cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)

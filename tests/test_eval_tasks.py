@@ -13,6 +13,7 @@ import cli
 import eval_tasks
 import scorers
 from data import Example
+from kv import Compression
 from eval_tasks import KNOWN, METHODS, PEERS, SCORERS, check_methods, compare, gemfilter, perplexity, policy, score
 from sdtp import PruneHead, Schedule, protected_count
 
@@ -30,12 +31,12 @@ def test_dense_score_equals_a_full_forward(fields):
     """Dense: nats of each response token are those of one forward over prompt and response, every token alive."""
     model = tiny.build(**fields)
     for example in EXAMPLES:
-        (nats,), (alive,), seconds = score(model, [example])
+        (nats,), (alive,), seconds, (held,) = score(model, [example])
         ids, n = torch.tensor(example.prompt + example.response), len(example.prompt)
         log_probs = model(ids).log_softmax(-1)
         expected = [-log_probs[i - 1, ids[i]].item() for i in range(n, len(ids))]
         assert nats.tolist() == pytest.approx(expected, abs=1e-5)
-        assert alive == [n] * 3 and seconds > 0
+        assert alive == held == [n] * 3 and seconds > 0
 
 
 def test_rows_by_hand():
@@ -114,6 +115,28 @@ def test_rankings_matter():
     }.items():
         other = losses(**changes)
         assert [m for m in plain if plain[m] != other[m]] == [method]
+
+
+def test_compression_beside_each_method():
+    """With kv every method has a second row, scored over the compressed cache; alive and pruning stay as they were."""
+    model, ranker, kv = tiny.build(), heads(), Compression("h2o", 0.4)
+    plain = perplexity(model, EXAMPLES, ["sdtp@2"], SCHEDULE, ranker)
+    rows = perplexity(model, EXAMPLES, ["sdtp@2"], SCHEDULE, ranker, kv=kv)
+    assert [r["method"] for r in rows] == ["dense", "dense+h2o", "sdtp@2", "sdtp@2+h2o"]
+    for row, expected in zip(rows[::2], plain, strict=True):
+        same = row.keys() - {"prefill_speedup", "low", "high"}
+        assert {k: row[k] for k in same} == {k: expected[k] for k in same} and row["held"] == row["mean_alive"]
+    for before, row, args in ((rows[0], rows[1], ()), (rows[2], rows[3], (ranker, Schedule(3, SCHEDULE, span=2)))):
+        stages = [args[1].alive(len(e.prompt)) if args else [len(e.prompt)] * 3 for e in EXAMPLES]
+        held = [min(c, int(len(e.prompt) * 0.4 + 0.5)) for e, counts in zip(EXAMPLES, stages) for c in counts]
+        assert row["held"] == pytest.approx(sum(held) / 3 / 95) and row["mean_alive"] == before["mean_alive"]
+        products = sum(kv.flops(model.config, counts, len(e.prompt)) for e, counts in zip(EXAMPLES, stages))
+        dense = sum(flops_by_hand(model, [len(e.prompt)] * 3) for e in EXAMPLES)
+        assert row["flops_share"] == pytest.approx(before["flops_share"] + products / dense)
+        nats = sum((score(model, [e], *args, kv=kv)[0][0].tolist() for e in EXAMPLES), [])
+        assert row["loss"] == pytest.approx(sum(nats) / 16, rel=1e-5) and abs(row["loss"] - before["loss"]) > 1e-3
+    with pytest.raises(ValueError, match="gemfilter"):
+        perplexity(model, EXAMPLES, ["gemfilter"], SCHEDULE, kv=kv)
 
 
 def test_teacher_labels_by_the_response(monkeypatch):
