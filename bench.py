@@ -405,6 +405,7 @@ def work(model, ids, heads=None, schedule=None, kv=None):
         "paper_flops": paper_flops(model.config, alive),
         "mean_alive": sum(alive) / len(alive) / len(ids),
         "alive": alive,
+        "held": [lengths[0] for lengths in cache.seqlens()],
         "kv_bytes": cache.nbytes(),
     }
 

@@ -46,11 +46,11 @@ def last_attention(w=8, heads="mean", pool=1):
     return scorer
 
 
-def accumulated(q, k, positions, window=None, rows=256):
+def accumulated(q, k, positions, window=None, rows=64):
     """Attention that each token gets from all later ones and itself, summed over them and the query heads of a key head.
 
     q: (T, Hq, D), k: (T, Hkv, D) of one sequence -> (Hkv, T), float32 or wider. By blocks of at most `rows` query rows
-    and 2**25 weights: never a whole map.
+    and 2**25 weights: never a whole map; 64 took half the time of 256 (1,024 tokens of SmolLM2-135M, one core).
     """
     (T, Hkv, _), Hq = k.shape, q.shape[1]
     rows = max(1, min(rows, 2**25 // (Hq * T)))
@@ -62,7 +62,7 @@ def accumulated(q, k, positions, window=None, rows=256):
     return total
 
 
-def accumulated_attention(x, positions, seqlens, block, rows=256):
+def accumulated_attention(x, positions, seqlens, block, rows=64):
     """accumulated(), summed over the heads: the score of H2O (Zhang et al. 2023)."""
     q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
     parts = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens))

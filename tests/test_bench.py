@@ -291,7 +291,8 @@ def test_script_compressed(tmp_path, monkeypatch, capsys):
     assert [(r["method"], r["keep"]) for r in rows] == names
     for plain, compressed in zip(rows, rows[2:]):
         assert compressed["alive"] == plain["alive"] and compressed["heads_share"] > 0 or plain["method"] == "dense"
-        assert compressed["kv_bytes"] == 2 * sum(min(n, 34) for n in plain["alive"]) * 128 * 4
+        assert plain["held"] == plain["alive"] and compressed["held"] == [min(n, 34) for n in plain["alive"]]
+        assert compressed["kv_bytes"] == 2 * sum(compressed["held"]) * 128 * 4
         over = sum(32 * n - 32 * 31 // 2 for n in plain["alive"] if n > 34) * 2 * 64 * 4
         assert compressed["attention_flops"] == plain["attention_flops"] + over > plain["attention_flops"]
         assert compressed["linear_flops"] == plain["linear_flops"]
