@@ -296,9 +296,7 @@ def test_script_compressed(tmp_path, monkeypatch, capsys):
         over = sum(32 * n - 32 * 31 // 2 for n in plain["alive"] if n > 34) * 2 * 64 * 4
         assert compressed["attention_flops"] == plain["attention_flops"] + over > plain["attention_flops"]
         assert compressed["linear_flops"] == plain["linear_flops"]
-    lines = capsys.readouterr().out.splitlines()
-    table = next(i for i, line in enumerate(lines) if line.lstrip().startswith("tokens"))
-    assert len({len(line) for line in lines[table : table + 5]}) == 1
+    assert " sdtp+snapkv 0.6|" in capsys.readouterr().out
 
 
 def test_script_shape(tmp_path, monkeypatch):

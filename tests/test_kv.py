@@ -258,7 +258,7 @@ def test_accumulated(fields):
 def test_scores_come_in_blocks(monkeypatch):
     """H2O never holds a whole map, and no key is repeated for the heads that share it."""
     shapes, real = [], scorers.attention_weights
-    note = lambda q, k, *rest: shapes.append((len(q), *k.shape)) or real(q, k, *rest)  # noqa: E731
+    note = lambda q, k, *rest: shapes.append((len(q), *k.shape)) or real(q, k, *rest)
     monkeypatch.setattr(scorers, "attention_weights", note)
     q, k = torch.randn(150, 4, 8), torch.randn(150, 2, 8)
     scorers.accumulated(q, k, torch.arange(150))
@@ -279,7 +279,7 @@ def test_guard(monkeypatch):
     monkeypatch.setattr("sdtp.select", lambda scores, *_: (torch.arange(len(scores)), [len(scores)]))
     with pytest.raises(RuntimeError, match="layer 1 holds .50. .* pruning was not applied"):
         prefill(model, tiny.ids(50), heads(), STAGES, kv=kv)
-    everything = lambda self, q, k, p, n: torch.arange(len(k))[:, None].expand(len(k), 2)  # noqa: E731
+    everything = lambda self, q, k, p, n: torch.arange(len(k))[:, None].expand(len(k), 2)
     monkeypatch.setattr(Compression, "select", everything)
     with pytest.raises(RuntimeError, match="layer 0 holds .50. tokens where .20. are asked for: compression was not"):
         prefill(model, tiny.ids(50), kv=kv)
