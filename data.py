@@ -120,7 +120,7 @@ NEEDLES = (  # (statement, question): to train on, and to measure on, in other w
         ),
         ("The vault of {name} is unlocked with {value}.", "With what is the vault of {name} unlocked?"),
         ("A scale showed that {name} weighs {value} grams.", "How many grams does {name} weigh?"),
-        ("Flight {value} is flown by captain {name}.", "Which flight is flown by captain {name}?"),
+        ("{value} visitors came to the museum of {name}.", "How many visitors came to the museum of {name}?"),
     ),
 )
 NAMES = (
