@@ -24,7 +24,7 @@ from data import Example
 from download import DEFAULT
 from kv import compression
 from model import KVCache
-from sdtp import Schedule, alive_counts, prefill, protected_count, select
+from sdtp import Schedule, prefill, protected_count, select
 from tokenizer import Tokenizer
 
 SCORERS = {  # training-free, at the stages of the heads
@@ -81,8 +81,7 @@ def score(model, examples, rankers=None, schedule=None, kv=None):
     start = clock(model)
     first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache, kv)
     seconds = clock(model) - start
-    alive = [alive_counts(schedule, n, len(model.layers)) for n in prompt_lens]  # prefill has checked it
-    held = [list(counts) for counts in zip(*cache.seqlens())]
+    alive, held = ([list(counts) for counts in zip(*found)] for found in (cache.alive, cache.seqlens()))
     with torch.no_grad():  # the row after each last token is not used, and spares a case for answers of one token
         rest = model(torch.cat(responses), torch.cat(positions), scored, cache).split(scored)
     logits = (torch.cat((one[None], more[:-1])).float() for one, more in zip(first, rest))

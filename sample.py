@@ -15,7 +15,7 @@ from data import prompt_text
 from download import DEFAULT
 from kv import compression
 from model import KVCache
-from sdtp import alive_counts, generate, prefill, protected_count
+from sdtp import generate, prefill, protected_count
 from tokenizer import Tokenizer
 
 
@@ -61,7 +61,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
         generator=torch.Generator(config.device).manual_seed(config.seed),
     )  # fmt: skip
     print(tokenizer.decode(new)[len(shown) :], end="")
-    alive = alive_counts(schedule, len(ids), len(model.layers))  # prefill has checked it
+    alive = [lengths[0] for lengths in cache.alive]
     held = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
     row = {

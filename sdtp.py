@@ -122,11 +122,6 @@ class Schedule(dict):
         return counts
 
 
-def alive_counts(schedule, n, num_hidden_layers):
-    """Tokens of a prompt of n that are alive at each layer; all of them without a schedule."""
-    return schedule.alive(n) if schedule else [n] * num_hidden_layers
-
-
 def span_means(scores, positions, span):
     """((S,) mean score of each span with a row here, (T,) which of them each row is in).
 
@@ -326,9 +321,9 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
     scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
     dense; cache: an empty KVCache to fill; kv: a kv.Compression of what each layer leaves in it. Returns (logits of
-    each prompt's last token (B, vocab_size), cache). ValueError for a used cache, a stage without a scorer, or
-    scorers without a schedule. RuntimeError when the tokens alive at a layer, or those that its cache holds, are not
-    as many as schedule and kv ask for.
+    each prompt's last token (B, vocab_size), cache); cache.alive is the tokens alive, [layer][prompt]. ValueError for a
+    used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the tokens alive at a layer,
+    or those that its cache holds, are not as many as schedule and kv ask for.
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     scorers, schedule = scorers or {}, schedule or {}
@@ -337,27 +332,27 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")
-    x, positions, alive = model.embed(ids), model.positions(seqlens), []
+    x, positions, cache.alive = model.embed(ids), model.positions(seqlens), []
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
             keep, seqlens = select(scores, positions, schedule[layer], seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
-        alive.append(seqlens)
+        cache.alive.append(seqlens)
         if kv:
             x = block(x, positions, seqlens, attend=kv.attend(cache[layer], prompt_lens))
         else:
             x = block(x, positions, seqlens, cache[layer])
-    check_alive(alive, cache, schedule, prompt_lens, kv)
+    check_alive(cache, schedule, prompt_lens, kv)
     return model.logits(x[torch.tensor(seqlens).cumsum(0) - 1]), cache
 
 
-def check_alive(alive, cache, schedule, prompt_lens, kv=None):
+def check_alive(cache, schedule, prompt_lens, kv=None):
     """The guard against a silent no-op: RuntimeError unless as many tokens were alive at each layer as the schedule
-    asks for, and its cache holds those, or what kv leaves of them. alive: [layer][sequence]."""
-    asked = [alive_counts(schedule, n, len(cache.layers)) for n in prompt_lens]
+    asks for, and its cache holds those, or what kv leaves of them."""
+    asked = [schedule.alive(n) if schedule else [n] * len(cache.layers) for n in prompt_lens]
     kept = [kv.held(counts, n) for counts, n in zip(asked, prompt_lens)] if kv else asked
-    for what, found, wanted in (("pruning", alive, asked), ("compression", cache.seqlens(), kept)):
+    for what, found, wanted in (("pruning", cache.alive, asked), ("compression", cache.seqlens(), kept)):
         for layer, (held, counts) in enumerate(zip(found, zip(*wanted))):
             if held != list(counts):
                 raise RuntimeError(

@@ -97,6 +97,7 @@ def test_kept_equals_a_loop(fields, method, share, pruned):
     ids, args = torch.cat([tiny.ids(n) for n in LENS]), (heads(), STAGES) if pruned else ()
     logits, cache = prefill(model, ids, *args, seqlens=LENS, kv=kv)
     assert torch.equal(logits, prefill(model, ids, *args, seqlens=LENS)[0])  # what is dropped was still attended to
+    assert cache.alive == [[len(p) for *_, p in sequences] for sequences in kv.seen]
     dropped = 0
     for layer, sequences in zip(cache.layers, kv.seen, strict=True):
         for i, ((q, k, v, p), budget) in enumerate(zip(sequences, BUDGET[method, share], strict=True)):
