@@ -34,7 +34,8 @@ from data import Example
 from download import DEFAULT
 from model import KVCache
 from sdtp import (
-    Schedule, alive_count, executed_flops, fingerprint, generate, heads_bytes, paper_stages, prefill, protected_count, select,
+    CALIBRATION_PROMPTS, Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_bytes, paper_stages,
+    prefill, protected_count, select,
 )  # fmt: skip
 from tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ PEERS = {  # whole policies, at stages of their own: what ranks
     "self_information": None,
 }
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
-KNOWN = (*dict.fromkeys((*METHODS, *SCORERS, *PEERS)),)
+WITH_HEADS = ("sdtp", "sdtp_adaptive")  # adaptive: each prompt keeps what its scores ask for, on average the budget's
+KNOWN = (*dict.fromkeys((*METHODS, *WITH_HEADS, *SCORERS, *PEERS)),)
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it
 
@@ -148,7 +150,7 @@ def parse(method):
     if name not in KNOWN or not fits:
         forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2"
         raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; {forms})")
-    if numbers and name == "dense" or len(numbers) == 2 and name in ("sdtp", "floor", *PEERS):
+    if numbers and name == "dense" or len(numbers) == 2 and name in (*WITH_HEADS, "floor", *PEERS):
         raise ValueError(f"method {method!r}: {name} has " + ("no stages" if name == "dense" else "stages of its own"))
     span, layer = (*map(int, numbers), None, None)[:2]
     return name, span, layer
@@ -173,7 +175,7 @@ def flops_share(method, config, lens, alive, heads=None):
     """
     name, total, dense = parse(method)[0], 0, 0
     for n, counts in zip(lens, alive):
-        total += sum(executed_flops(config, n, counts, heads if name == "sdtp" else None))
+        total += sum(executed_flops(config, n, counts, heads if name in WITH_HEADS else None))
         total += filtering_flops(name, config, n)
         dense += sum(executed_flops(config, n, [n] * config.num_hidden_layers))
     return total / dense
@@ -214,6 +216,13 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         raise ValueError(f"{method}: {error}") from None
 
 
+def adapted(model, stages, heads, schedule, training):
+    """The adaptive Schedule of sdtp's stages: the heads' own masses where those are the stages of their schedule, else calibrated."""
+    if (stages, stages.span, bool(schedule.drop_mass)) != (schedule, schedule.span, True):
+        schedule = calibrate(model, training, heads, stages) if training else stages
+    return Schedule(len(model.layers), stages, span=stages.span, drop_mass=schedule.drop_mass, adaptive=True)
+
+
 def given_scores(name, model, batch, layers, teacher, label_loss):
     """{layer: (N,) scores by position for each example}: the teacher's at these layers, self-information, or GemFilter's at 0."""
     parts = [e.prompt + e.response if name == "teacher" else e.prompt for e in batch]
@@ -246,7 +255,7 @@ def run_method(run, name, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
-    if name == "sdtp":
+    if name in WITH_HEADS:
         return run(model, examples, heads, stages)
     if given:
         return run(model, examples, {layer: scorers.from_labels(given[layer]) for layer in stages}, stages)
@@ -310,13 +319,15 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
 def result_keys(task, model, examples, plan, heads, seed, labels):
     """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
-    own = {"sdtp": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(), "random": seed, "teacher": labels}
+    own = dict.fromkeys(WITH_HEADS, heads and hashlib.sha256(heads_bytes(heads)).hexdigest())
+    own |= {"random": seed, "teacher": labels}
     keys = {}
     for (keep, method), stages in plan.items():
         name, keys[keep, method] = parse(method)[0], []
         for example in examples:
             n = len(example.prompt)
-            kept = stages and [stages.span, [[layer, alive_count(n, share)] for layer, share in stages.items()]]
+            kept = stages and [[layer, alive_count(n, share)] for layer, share in stages.items()]
+            kept = stages and [stages.span, stages.drop_mass if stages.adaptive else kept]
             parts = json.dumps([*base, example, name, kept, own.get(name)])
             keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest())
     return keys
@@ -324,14 +335,17 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
 
 def evaluate(
     run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher="grad_norm",
-    label_loss="response", seed=0, batch_size=1, rows="",
+    label_loss="response", seed=0, batch_size=1, rows="", training=(),
 ):  # fmt: skip
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 
     run: perplexity_results, or needle_results of a tokenizer; task: its name, in the keys of the file `rows` (see
-    Results); methods, keeps, and errors: see policies().
+    Results); methods, keeps, and errors: see policies(); training: prompts, lists of ids, to calibrate sdtp_adaptive on.
     """
     plan = policies(model.config, examples, methods, schedule, heads, keeps)
+    for (keep, method), stages in plan.items():
+        if parse(method)[0] == "sdtp_adaptive":
+            plan[keep, method] = adapted(model, stages, heads, schedule, training)
     keys = result_keys(task, model, examples, plan, heads, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
     results = Results(rows)
@@ -440,7 +454,7 @@ def compare(found, base, difference):
 
 
 def needs_heads(methods):
-    return any(parse(method)[0] == "sdtp" for method in methods)
+    return any(parse(method)[0] in WITH_HEADS for method in methods)
 
 
 def print_table(rows):
@@ -482,8 +496,11 @@ def prompts(config, tokenizer):
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
         count = min(config.limit, len(windows))
         return {0: [windows[i * len(windows) // count] for i in range(count)]}
-    limits = (config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
-    return {0: data.load(config.data, tokenizer, *limits)[1][: config.limit]}
+    return {0: load(config.data, config, tokenizer)[1][: config.limit]}
+
+
+def load(source, config, tokenizer):
+    return data.load(source, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
 
 
 def main():
@@ -501,6 +518,9 @@ def main():
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
     names = ("teacher", "label_loss", "seed", "batch_size", "rows")
     settings = {name: getattr(config, name) for name in names} | {"keeps": keeps}
+    if any(parse(method)[0] == "sdtp_adaptive" for method in methods):
+        training, _ = load(config.data or {"ppl": "pydoc", "needle": "made"}[config.tasks], config, tokenizer)
+        settings["training"] = [e.prompt for e in training[:CALIBRATION_PROMPTS]]
     sets = prompts(config, tokenizer)
     longest = max((len(e.prompt) + len(e.response) for examples in sets.values() for e in examples), default=1)
     model.positions([longest + MORE_TOKENS * (config.tasks == "needle")])  # refuses one that is too long now

@@ -92,7 +92,7 @@ class Schedule(dict):
         masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
         if (masses or adaptive) and not (masses.keys() == self.keys() and right):
             raise ValueError(
-                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {list(self)}, not {masses}; eval_tasks.py --data finds it"
+                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {list(self)}, not {masses}; calibrate() finds it"
             )
 
     def mean_share(self):

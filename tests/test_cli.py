@@ -124,7 +124,7 @@ MISTAKES = {
     "train.py --data text.txt --teacher magic": "--teacher magic",
     "train.py --data text.txt --checkpoint_every 0": "--checkpoint_every 0",
     "train.py --data text.txt --epochs 0": "--epochs 0",
-    "train.py --data text.txt --first_layer 5": "no stage",
+    "train.py --data text.txt --stages 1 --first_layer 5": "no stage",
     "train.py --data text.txt --resume --out_dir new --prompt_len 20 --score_len 5": "new/config.json does not exist",
     "bench.py --lengths 20,many": "--lengths 20,many",
     "bench.py --lengths 20,0": "--lengths 20,0",

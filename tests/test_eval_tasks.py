@@ -11,14 +11,15 @@ import tiny
 import torch
 
 import cli
+import data
 import eval_tasks
 import scorers
 from data import Example
 from eval_tasks import (
-    KNOWN, METHODS, MORE_TOKENS, PEERS, Results, compare, gemfilter, gemfilter_scores, needle, parse, perplexity,
+    KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, gemfilter, gemfilter_scores, needle, parse, perplexity,
     policy, score,
 )  # fmt: skip
-from sdtp import PruneHead, Schedule, generate, protected_count
+from sdtp import PruneHead, Schedule, calibrate, generate, protected_count, save_heads
 
 EXAMPLES = [Example(tiny.ids(n).tolist(), tiny.ids(m, seed=n).tolist()) for n, m in ((30, 6), (41, 1), (24, 9))]
 SCHEDULE = Schedule(3, {1: 0.7, 2: 0.45})
@@ -165,7 +166,7 @@ def method_flops_by_hand(method, model, n, alive):
         total += flops_by_hand(model, [n] * 2, 0)
     if name == "self_information":
         total += flops_by_hand(model, [n] * 6, n)
-    if name == "sdtp":
+    if name in WITH_HEADS:
         total += sum(2 * alive[layer - 1] * (32 * 8 + 8 * 2) for layer in STAGES)
     return total
 
@@ -177,7 +178,7 @@ def test_policy(name, span, keep):
     """Stages and span of every method, a peer's its own; executed FLOPs are the budget's within 0.5 %, heads and first passes included."""
     model, n = tiny.build(**DEEPER), 300
     heads = {layer: PruneHead(32) for layer in STAGES}
-    if span.count("@") == 2 and name in ("sdtp", "floor", *PEERS):
+    if span.count("@") == 2 and name in (*WITH_HEADS, "floor", *PEERS):
         return
     stages = policy(name + span, model.config, STAGES, heads, n, keep)
     own = {"lazyllm": [4], "fastkv": [3], "gemfilter": [0], "self_information": [0], "floor": [1]}
@@ -361,7 +362,7 @@ def test_unknown_methods(method):
         parse(method)
 
 
-@pytest.mark.parametrize("name", ["sdtp", "floor", *PEERS, "dense"])
+@pytest.mark.parametrize("name", [*WITH_HEADS, "floor", *PEERS, "dense"])
 def test_methods_without_a_layer(name):
     """One stage at a layer is for what ranks at the heads' stages; dense has no span either."""
     with pytest.raises(ValueError, match=f"method '{name}@4@2': {name} has"):
@@ -658,19 +659,56 @@ def test_script_finds_the_heads_of_a_span(tmp_path, monkeypatch):
             cli.run(eval_tasks.main)
 
 
-def test_sdtp_adaptive():
-    """The heads' own mass per stage; refused without one, and with a span of its own."""
-    model, ranker = tiny.build(), heads()
-    with_mass = Schedule(3, SCHEDULE, drop_mass={1: 0.3, 2: 0.3})
-    rows = perplexity(model, EXAMPLES, ["sdtp", "sdtp_adaptive"], with_mass, ranker)
-    runs = [
-        score(model, [e], ranker, Schedule(3, SCHEDULE, drop_mass=with_mass.drop_mass, adaptive=True)) for e in EXAMPLES
-    ]
-    alive = sum(sum(counts) / 3 for _, (counts,), _ in runs) / sum(len(e.prompt) for e in EXAMPLES)
-    assert rows[2]["mean_alive"] == pytest.approx(alive) and rows[1]["mean_alive"] != pytest.approx(alive)
+def test_sdtp_adaptive(tmp_path):
+    """The heads' own masses at their own stages; at a budget or a span of its own those calibrated for it, which are in the keys."""
+    model, ranker, path = tiny.build(num_hidden_layers=6), heads_of(STAGES), tmp_path / "rows.jsonl"
+    training = [tiny.ids(n, seed=n).tolist() for n in range(20, 50)]
+    own = Schedule(6, STAGES, span=8, drop_mass={1: 0.3, 3: 0.3, 5: 0.3})
+
+    def run(method, schedule, keep, **more):
+        keeps = {"keeps": [keep], "training": training, "rows": path}
+        return perplexity(model, EXAMPLES, ["sdtp", method], schedule, ranker, **(keeps | more))[1:]
+
+    for method, keep in (("sdtp_adaptive", 0.0), ("sdtp_adaptive", 0.8), ("sdtp_adaptive@2", 0.0)):
+        stages = policy(method, model.config, own, ranker, 30, keep)
+        masses = own if method == "sdtp_adaptive" and not keep else calibrate(model, training, ranker, stages)
+        adaptive = Schedule(6, stages, span=stages.span, drop_mass=masses.drop_mass, adaptive=True)
+        runs = [score(model, [e], ranker, adaptive) for e in EXAMPLES]
+        alive, lens = [counts for _, (counts,), _ in runs], [len(e.prompt) for e in EXAMPLES]
+        sdtp, row = run(method, own, keep)
+        assert row["mean_alive"] == pytest.approx(sum(map(sum, alive)) / 6 / sum(lens)) != sdtp["mean_alive"]
+        assert row["loss"] == pytest.approx(sum(nats.sum().item() for (nats,), _, _ in runs) / 16)
+        flops = sum(method_flops_by_hand("sdtp", model, n, counts) for n, counts in zip(lens, alive))
+        assert row["flops_share"] == pytest.approx(flops / sum(flops_by_hand(model, [n] * 6) for n in lens))
+    before = len(path.read_text().splitlines())
+    run("sdtp_adaptive", own, 0.8)
+    assert len(path.read_text().splitlines()) == before
+    run("sdtp_adaptive", own, 0.8, training=training[:9])  # other masses
+    assert len(path.read_text().splitlines()) == before + 3
     with pytest.raises(ValueError, match="needs a drop_mass"):
-        perplexity(model, EXAMPLES, ["sdtp_adaptive"], SCHEDULE, ranker)
+        run("sdtp_adaptive", STAGES, 0.0, training=())
     with pytest.raises(ValueError, match="needs heads"):
-        perplexity(model, EXAMPLES, ["sdtp_adaptive"], with_mass)
-    with pytest.raises(ValueError, match="unknown method"):
-        check_methods(["sdtp_adaptive@8"])
+        perplexity(model, EXAMPLES, ["sdtp_adaptive"], own)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--data {0}/t.txt", "--text {0}/t.txt --keep 0.9", "--tasks needle --text {0}/t.txt --lengths 100"]
+)
+def test_script_calibrates(tmp_path, monkeypatch, flags):
+    """sdtp_adaptive is calibrated on training prompts: of --data, or of the default source of their kind; other methods need none."""
+    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5, max_position_embeddings=256)
+    (tmp_path / "t.txt").write_text("some words. and others here. " * 60)
+    model = cli.load_model(eval_tasks.EvalConfig(ckpt=str(folder), dtype="float32"))[0]
+    save_heads(tmp_path / "heads", heads(), model, Schedule(5, SCHEDULE))
+    asked, load = [], data.load
+    monkeypatch.setattr(eval_tasks, "CALIBRATION_PROMPTS", 3)
+    monkeypatch.setattr(data, "load", lambda source, *rest: asked.append(load(source, *rest)) or asked[-1])
+    given, evaluate = [], eval_tasks.evaluate
+    monkeypatch.setattr(
+        eval_tasks, "evaluate", lambda *a, **more: given.append(more.get("training")) or evaluate(*a, **more)
+    )
+    flags += " --ckpt {0}/tiny --heads {0}/heads --prompt_len 70 --score_len 4 --limit 2 --dtype float32 --methods "
+    for methods in ("sdtp", "sdtp,sdtp_adaptive@2"):
+        monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.format(tmp_path).split(), methods])
+        cli.run(eval_tasks.main)
+    assert given == [None, [e.prompt for e in asked[-1][0][:3]]] and len(asked) == (3 if "--data" in flags else 1)

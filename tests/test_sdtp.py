@@ -920,7 +920,7 @@ def test_mass_round_trip_and_refusals(tmp_path):
     save_heads(tmp_path, heads, model, Schedule(3, {1: 0.5}, span=4, drop_mass={1: 0.75}))
     schedule = load_heads(tmp_path, model)[1]
     assert schedule.drop_mass == {1: 0.75} and not schedule.adaptive and schedule.span == 4
-    assert schedule.with_mean_share(0.9).drop_mass == {}  # another share asks for another mass
+    assert schedule.with_ratio(0.8).drop_mass == {}  # another share asks for another mass
     for mass in (None, {2: 0.5}, {1: 0.0}, {1: 1.0}, {1: math.nan}):
         with pytest.raises(ValueError, match="needs a drop_mass"):
             Schedule(3, {1: 0.5}, drop_mass=mass, adaptive=True)
