@@ -91,11 +91,9 @@ def contexts(rows):
     return "\n\n".join(row["context"].strip() for row in rows if row["context"].strip())
 
 
-@lru_cache(
-    maxsize=4
-)  # made prompts read each of their texts six times: training and held-out part, manual and contexts
+@lru_cache(maxsize=4)
 def encoded(text, tokenizer):
-    """A text's token ids; not to be changed."""
+    """A text's token ids, not to be changed: made prompts ask for them six times, of up to four texts in turn."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
