@@ -7,6 +7,7 @@ into a training part and a held-out part that no run trains on.
 import hashlib
 import json
 import random
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -90,9 +91,15 @@ def contexts(rows):
     return "\n\n".join(row["context"].strip() for row in rows if row["context"].strip())
 
 
+@lru_cache(maxsize=4)
+def encoded(text, tokenizer):
+    """A text's token ids, not to be changed: made prompts ask for them six times, of up to four texts in turn."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def text_windows(text, tokenizer, prompt_len, score_len):
     """Consecutive windows of prompt_len + score_len tokens, each with the tokenizer's own prefix (BOS or none)."""
-    prefix, ids = [tokenizer.bos_token_id] * tokenizer.adds_bos, tokenizer.encode(text, add_special_tokens=False)
+    prefix, ids = [tokenizer.bos_token_id] * tokenizer.adds_bos, encoded(text, tokenizer)
     fresh = prompt_len - len(prefix)
     starts = range(0, len(ids) - fresh - score_len + 1, fresh + score_len)
     return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len]) for s in starts]
@@ -149,7 +156,7 @@ def text_parts(text, tokenizer, tokens, count, overlap=False):
     """
     if tokens < 1:
         raise ValueError(f"made prompts need more than 64 tokens, not {tokens + 64}")
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = encoded(text, tokenizer)
     count = count * (len(ids) > tokens) if overlap else min(count, len(ids) // tokens)
     for i in range(count):
         start = i * (len(ids) - tokens) // count

@@ -68,11 +68,11 @@ class EvalConfig:
     heads: str = ""  # folder of trained heads (default: heads/CKPT)
     tasks: str = "ppl"  # ppl or needle
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
-    data: str = ""  # or a source of train.py (its held-out part): pydoc, dolly, FILE.jsonl, FILE.txt
+    data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
     methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at layer 2
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
-    teacher: str = "response_attention"  # the labels that method teacher ranks by
-    label_loss: str = "response"  # and their loss: over the response, or all next tokens
+    teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
+    label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
     limit: int = 64  # prompts at most (needle: of each length)
     lengths: str = "1024,2048,4096"  # needle: tokens of a prompt
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
@@ -334,8 +334,8 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
 
 
 def evaluate(
-    run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher="grad_norm",
-    label_loss="response", seed=0, batch_size=1, rows="", training=(),
+    run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher=saliency.TEACHER,
+    label_loss=saliency.LABEL_LOSS, seed=0, batch_size=1, rows="", training=(),
 ):  # fmt: skip
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 

@@ -15,6 +15,7 @@ from download import DEFAULT
 from model import attend, attention_weights, visible
 
 TEACHERS = ("grad_x_input", "grad_norm", "response_attention", "attention_entropy")
+TEACHER, LABEL_LOSS = "response_attention", "response"  # the default of train.py and eval_tasks.py
 
 
 def scored_rows(seqlens, starts):
@@ -26,7 +27,7 @@ def scored_rows(seqlens, starts):
     return torch.cat([torch.arange(e - n + s - 1, e - 1) for e, n, s in zip(ends, seqlens, starts)])
 
 
-def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False):
+def label(model, ids, layers, teacher=TEACHER, seqlens=None, prompt_lens=None, checkpoint_blocks=False):
     """Saliency of every token at the input of each layer: {layer: (T,) float32, at least 0}.
 
     ids: (T,) one or more packed sequences of a prompt and a response; seqlens: tokens of each;
@@ -47,7 +48,7 @@ def label(model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=Non
 
 
 def mark(
-    model, ids, layers, teacher="grad_norm", seqlens=None, prompt_lens=None, checkpoint_blocks=False,
+    model, ids, layers, teacher=TEACHER, seqlens=None, prompt_lens=None, checkpoint_blocks=False,
     noisy_copies=0, noise=None,
 ):  # fmt: skip
     """label(), and the states that it labels: ({layer: (T,)}, {layer: (T, hidden_size)}).

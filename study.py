@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ COLUMNS = {  # of the Markdown table: title -> how a row fills it
     "95 % interval": "{low:+.1%} to {high:+.1%}",
     "of the teacher": "{teacher_ppl_diff:+.1%}",
     "mean alive": "{mean_alive:.3f}",
-    "block FLOPs": "{flops_share:.3f}",
+    "FLOPs": "{flops_share:.3f}",
 }
 
 
@@ -236,20 +237,20 @@ def allocate(damage, cost, num_hidden_layers, budget):
     return min((p for paths in fronts.values() for p in paths), key=lambda p: (p[1], p[0]))[2]
 
 
-def block_flops(config, rows):
-    """Executed FLOPs of one block on that many rows."""
-    return sum(executed_flops(config, rows, [rows], logit_rows=0))
+def block_flops(model, rows):
+    """FLOPs of one block on so many rows."""
+    return sum(executed_flops(model.config, rows, [rows], logit_rows=0))
 
 
 def one_stage(layer, flops, n, model):
     """The Schedule of one stage at a layer whose blocks take that many FLOPs on a prompt of n tokens."""
-    depth, cost = len(model.layers), lambda rows: block_flops(model.config, rows)
+    depth, cost = len(model.layers), partial(block_flops, model)
     count = bisect.bisect_left(range(n + 1), (flops - layer * cost(n)) / (depth - layer), key=cost)
     return Schedule(depth, {layer: min(1.0, count / n)})
 
 
 def flops_of(schedule, n, model):
-    return sum(block_flops(model.config, rows) for rows in schedule.alive(n))
+    return sum(block_flops(model, rows) for rows in schedule.alive(n))
 
 
 def rankers(model, example, layers, config, heads):
@@ -267,7 +268,7 @@ def measure(model, examples, schedules, config, heads, path):
     """[[nats of each example's response] under each schedule, None: dense]; what is at `path` is not run again."""
     spans = [s and Schedule(len(model.layers), s, span=config.span) for s in schedules]
     layers = sorted({layer for s in spans if s for layer in s})
-    how = [config.ckpt, config.scorer, config.heads, config.span, spans, str(model.norm.weight.dtype)]
+    how = [config.ckpt, config.scorer, config.heads, config.span, spans, saliency.TEACHER, str(model.norm.weight.dtype)]
     keys = [hashlib.sha256(json.dumps([*how, example]).encode()).hexdigest() for example in examples]
     known = read_json(path) if path.is_file() else {}
     for i, (key, example) in enumerate(zip(keys, examples, strict=True)):
@@ -282,8 +283,8 @@ def measure(model, examples, schedules, config, heads, path):
 
 def difference(nats, dense, examples):
     """{"ppl_diff", "low", "high"} against nats of the same examples."""
-    parts = [[{"value": v, "count": len(e.response)} for v, e in zip(values, examples)] for values in (nats, dense)]
-    return dict(zip(("ppl_diff", "low", "high"), eval_tasks.compare(*parts, np.expm1)))
+    sides = ([{"value": v, "count": len(e.response)} for v, e in zip(part, examples)] for part in (nats, dense))
+    return dict(zip(("ppl_diff", "low", "high"), eval_tasks.compare(*sides, np.expm1)))
 
 
 def run_schedule(config):
@@ -316,7 +317,7 @@ def run_schedule(config):
         sensitivity.append(row)
         # Fewer tokens never help but by chance: the running maximum.
         damage.setdefault(layer, {})[share] = max(0.0, math.log1p(row["ppl_diff"]), *damage.get(layer, {}).values())
-    cost = {share: block_flops(model.config, alive_count(n, share)) for share in (1.0, *shares)}
+    cost = {share: block_flops(model, alive_count(n, share)) for share in (1.0, *shares)}
     found = Schedule(depth, allocate(damage, cost, depth, flops_of(budget, n, model)))
     single = one_stage(config.first_layer, flops_of(found, n, model), n, model)
 

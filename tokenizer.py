@@ -7,6 +7,7 @@ tokenizer.model.
 
 import json
 import re
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -74,20 +75,11 @@ class Tokenizer:
         """messages: list of {"role": str, "content": str} -> the prompt as str, BOS included if the template has it.
         Raises ValueError where there is no chat template, or where it refuses the messages."""
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is code that came with a download
 
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: no chat_template in tokenizer_config.json; give the prompt as plain text")
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
         try:
-            return environment.from_string(self.chat_template).render(
+            return compiled(self.chat_template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -97,6 +89,22 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.folder}: the chat template does not take these messages: {error}") from error
+
+
+@lru_cache  # compiling takes longer than encoding a prompt
+def compiled(chat_template):
+    """The jinja2.Template of its source."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is code that came with a download
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(chat_template)
 
 
 def read_json(path):

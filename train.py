@@ -58,8 +58,8 @@ class TrainConfig:
     norm: bool = True  # layer-norm the state
     position: bool = True  # they know where in the prompt a token is
     matches: int = 8  # products with the prompt's last tokens that they see
-    teacher: str = "response_attention"  # or grad_norm, grad_x_input (the paper's), attention_entropy
-    label_loss: str = "response"  # the tokens that labels are for: those of the response, or all next tokens
+    teacher: str = saliency.TEACHER  # response_attention, grad_norm, grad_x_input (the paper's) or attention_entropy
+    label_loss: str = saliency.LABEL_LOSS  # the tokens that labels are for: those of the response, or all next tokens
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list

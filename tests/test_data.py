@@ -141,7 +141,8 @@ def test_chat_prompt(tokenizer, tmp_path):
 class Words:
     """A tokenizer whose tokens are words, spaces and single signs, without BOS and chat template."""
 
-    chat_template, bos_token_id, adds_bos = None, None, False
+    chat_template = bos_token_id = None
+    adds_bos = False
 
     def __init__(self):
         self.ids, self.words = {}, []
@@ -250,35 +251,67 @@ def test_copies():
             assert sum(fifth / 5 <= depth <= (fifth + 1) / 5 for depth in depths) >= 4
 
 
-def test_made(tmp_path):
-    """Needles, copies and windows of two lengths, from each text's own part; held-out needles in the held-out words, with answers of their own."""
-    words, limits = Words(), (60, 24)
-    rows = [row(i, f"context {i} " + "tells of a red fox. " * 40) for i in range(200)]
-    source = write(tmp_path / "rows.jsonl", rows)
-    parts, halves, answers = data.load("made", words, 128, 24), data.split_text(data.manual()), []
-    for held_out, (part, text) in enumerate(zip(parts, halves)):
-        needles = [e for e in part if re.fullmatch(r"\d{5}", words.decode(e.response))]
-        copies = [e for e in part if "Repeat the sentence" in words.decode(e.prompt)[-200:]]
-        windows = [e for e in part if e not in needles and e not in copies]
-        for example in needles:
-            around = taken_apart(example, words, held_out)[0]
-            assert "".join(around.split()) in "".join(text.split())
-        for example in copies:
-            around = words.decode(example.prompt).rsplit("\n\n", 2)[0]
-            assert "".join(around.split()) in "".join(text.split()) and words.decode(example.response) in around
-        for example in windows:
-            assert "".join(words.decode(example.prompt + example.response).split()) in "".join(text.split())
-        assert {len(e.prompt) for e in windows} == {128, 256}
-        assert 10 < len(needles) <= 100 and 10 < len(copies) <= 100 and 10 < len(windows) <= 100
-        assert sum(len(e.prompt) > 160 for e in needles) >= len(needles) // 3
-        answers.append({words.decode(e.response) for e in needles})
+def kind(prompt):
+    """What a made prompt asks for."""
+    if 'Repeat the sentence of the text that begins with "' in prompt:
+        return "copy"
+    questions = [question for part in data.NEEDLES for _, question in part]
+    last = prompt.strip().rsplit("\n\n", 1)[-1]
+    asked = any(re.fullmatch(re.escape(q).replace(r"\{name\}", r"[\w-]+"), last) for q in questions)
+    return "needle" if asked else "window"
+
+
+def test_made():
+    """Needles, copies and windows in turn, each of two lengths; each part from its own tenths of the manual, the held-out
+    needles in the held-out words with answers of their own."""
+    words = Words()
+    parts = data.load("made", words, 128, 24)
+    manual = "\n".join(data.topics[name] for name in sorted(data.topics))
+    cut, answers = int(len(manual) * 0.9), []
+    for held_out, (part, source) in enumerate(zip(parts, (manual[:cut], manual[cut:]))):
+        source, values, counts = "".join(source.split()), set(), {}
+        for i, example in enumerate(part):
+            prompt = words.decode(example.prompt)
+            what, length = kind(prompt), min((128, 256), key=lambda n: abs(n - len(example.prompt)))
+            counts[what, length] = counts.get((what, length), 0) + 1
+            if i < 60:
+                assert (what, length) == (("needle", "copy", "window")[i // 2 % 3], (128, 256)[i % 2])
+            if what == "needle":
+                text = taken_apart(example, words, held_out)[0]
+                values.add(words.decode(example.response))
+            elif what == "copy":
+                text = prompt.rsplit("\n\n", 2)[0]
+                assert words.decode(example.response) in text
+            else:
+                text = words.decode(example.prompt + example.response)
+                assert len(example.prompt) == length and len(example.response) == 24
+            assert "".join(text.split()) in source
+        assert len(counts) == 6 and all(10 < count < 55 for count in counts.values())
+        answers.append(values)
     assert not answers[0] & answers[1]
     assert parts == data.load("made", words, 128, 24)
-    both = data.load(f"made,{source}", words, 128, *limits)
-    for held_out, half in enumerate(data.split_rows(rows)):  # of the contexts too, each half from its own rows
-        made = [e for e in both[held_out] if e not in parts[held_out]]
-        numbers = {m for e in made for m in re.findall(r"context (\d+)", words.decode(e.prompt))}
-        assert numbers and numbers <= {str(rows.index(r)) for r in half}
+
+
+def test_made_of_contexts(tmp_path):
+    """Beside rows, made prompts are of the rows' contexts too, of those of their own part alone."""
+    words, context = Words(), "Item {0} is in room {0} of the house.\nBut item {0} was never seen there. "
+    rows = [row(i, context=context * 3) for i in range(400)]
+    parts = data.load(write(tmp_path / "r.jsonl", rows) + ",made", words, 128, 24, 10, 200)
+    for part, half in zip(parts, data.split_rows(rows)):
+        texts = [text for text in (words.decode(e.prompt) for e in part) if "Item " in text and "what is " not in text]
+        assert {kind(text) for text in texts} == {"needle", "copy", "window"}
+        numbers, own = {n for t in texts for n in re.findall(r"Item (\d+) ", t)}, {r["instruction"] for r in half}
+        assert len(numbers) > len(half) / 4 and {f"what is {n}?" for n in numbers} <= own
+        assert sum("Item " not in words.decode(e.prompt) for e in part) > 40  # the manual's
+
+
+def test_texts_are_tokenised_once():
+    """Both parts of the manual, once each, however many kinds and lengths are made of them."""
+    words, seen = Words(), []
+    encode = words.encode
+    words.encode = lambda text, **more: seen.append(len(text)) or encode(text, **more)
+    data.load("made,pydoc", words, 128, 24)
+    assert len([n for n in seen if n > 10_000]) == 2
 
 
 @pytest.mark.parametrize("prompt_len", [20, 64])

@@ -702,6 +702,7 @@ def test_script_calibrates(tmp_path, monkeypatch, flags):
     save_heads(tmp_path / "heads", heads(), model, Schedule(5, SCHEDULE))
     asked, load = [], data.load
     monkeypatch.setattr(eval_tasks, "CALIBRATION_PROMPTS", 3)
+    monkeypatch.setattr(data, "manual", lambda: "words of a manual. and more. " * 100)
     monkeypatch.setattr(data, "load", lambda source, *rest: asked.append(load(source, *rest)) or asked[-1])
     given, evaluate = [], eval_tasks.evaluate
     monkeypatch.setattr(

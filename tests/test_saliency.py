@@ -123,6 +123,36 @@ def test_entropy_equals_transformers(fields, tmp_path):
         assert 0.05 < got.min() < 0.9 and got[0] == 1
 
 
+@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
+@pytest.mark.parametrize("starts", [None, [15, 5, 8]])
+def test_response_attention_equals_transformers(fields, starts, tmp_path):
+    """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, the largest
+    head's, mean over the layers from there on; in a ragged batch, by blocks of rows."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.write(tmp_path, **fields)
+    seqlens = [23, 6, 14]
+    parts = [tiny.ids(n) for n in seqlens]
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
+    model = Transformer.from_pretrained(tmp_path, torch.float64)
+    labels, states = saliency.mark(model, torch.cat(parts), [0, 2], "response_attention", seqlens, starts)
+    blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 2], seqlens, starts, block=3)
+    for i, (ids, n) in enumerate(zip(parts, seqlens)):
+        out = hf(ids[None], output_attentions=True, output_hidden_states=True)
+        rows = range((starts[i] if starts else 1) - 1, n - 1)
+        best = []  # per layer and token
+        for maps in out.attentions:
+            heads = [[sum(maps[0, h, q, k].item() for q in rows) for k in range(n)] for h in range(4)]
+            best.append([max(head[k] for head in heads) for k in range(n)])
+        for layer in (0, 2):
+            later = best[layer:]
+            expected = torch.tensor([sum(b[k] for b in later) / len(later) for k in range(n)], dtype=torch.float64)
+            for got in (labels, blocks):
+                torch.testing.assert_close(got[layer].split(seqlens)[i].double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(states[layer].split(seqlens)[i], out.hidden_states[layer][0], rtol=0, atol=1e-4)
+            assert expected[-1] == 0 and expected.std() > 0.02  # nothing reads the last token
+
+
 def test_unknown_teacher():
     """An unknown teacher is an error that names it."""
     with pytest.raises(ValueError, match="'magic'"):

@@ -868,9 +868,8 @@ def test_adaptive_share_by_hand():
     assert sdtp.adaptive_share(30 * scores, positions, 40, 1e-12, 8) * 40 == pytest.approx(
         24
     )  # (0.15 / 0.4)^30 < 1e-12
-    longer, lowest_first = torch.arange(44), torch.arange(44.0) / 100  # free rows 4, 8, 8, 8 and 8
-    for values in (torch.zeros(44), lowest_first):  # of equal spans the first goes
-        assert sdtp.adaptive_share(values, longer, 44, 0.21, 8) * 44 == pytest.approx(40)
+    equal = torch.zeros(40)
+    assert sdtp.adaptive_share(equal, positions, 40, 0.21, 8) * 40 == pytest.approx(36)  # the first span: 4 rows
     scores[20] = math.nan  # no score is the lowest one
     assert sdtp.adaptive_share(scores, positions, 40, 0.01, 8) * 40 == pytest.approx(32)
     assert sdtp.adaptive_share(scores.fill_(math.nan), positions, 40, 0.5, 8) * 40 == pytest.approx(8)
@@ -921,7 +920,7 @@ def test_mass_round_trip_and_refusals(tmp_path):
     save_heads(tmp_path, heads, model, Schedule(3, {1: 0.5}, span=4, drop_mass={1: 0.75}))
     schedule = load_heads(tmp_path, model)[1]
     assert schedule.drop_mass == {1: 0.75} and not schedule.adaptive and schedule.span == 4
-    assert schedule.with_ratio(0.95).drop_mass == {}  # another share asks for another mass
+    assert schedule.with_ratio(0.8).drop_mass == {}  # another share asks for another mass
     for mass in (None, {2: 0.5}, {1: 0.0}, {1: 1.0}, {1: math.nan}):
         with pytest.raises(ValueError, match="needs a drop_mass"):
             Schedule(3, {1: 0.5}, drop_mass=mass, adaptive=True)

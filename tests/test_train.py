@@ -503,23 +503,12 @@ def test_recipes(world, monkeypatch, recipe):
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
         assert meta["head"] == {"divisor": 4, "norm": False, "position": False, "matches": 0} and meta["span"] == 1
-        assert meta["teacher"] == "grad_norm" and list(meta["schedule"]) == ["1", "2"]
+        assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
         assert not (world / "recipe" / "labels").exists()
         assert "list" in log[0] and not {"lm", "mse", "rank", "alive"} & log[0].keys() and len(log) == 12
-        assert meta["teacher"] == "response_attention" and list(meta["schedule"]) == ["0", "2"]
         assert 6 * 38 < sum(marked) < 3 * 6 * 38
-
-
-@pytest.mark.parametrize("layers, stages", [(30, [4, 24]), (32, [4, 26]), (3, [0, 2])])
-def test_default_stages(layers, stages):
-    """An early and a late stage, at the mean share of the paper's at --ratio; as many of the paper's as --stages asks for."""
-    for ratio in (0.9, 0.8):
-        schedule = train.make_schedule(TrainConfig(ratio=ratio), layers)
-        wanted = Schedule(layers, first_layer=min(4, layers - 1), ratio=ratio).mean_share()
-        assert list(schedule) == stages and schedule.span == 8 and schedule.mean_share() == pytest.approx(wanted)
-    if layers > 4:
-        assert list(train.make_schedule(TrainConfig(stages=3), layers)) == [4, 7, 10]
+        assert list(meta["schedule"]) == ["0", "2"] and meta["teacher"] == "response_attention"
 
 
 def test_list_loss():
@@ -668,6 +657,27 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
     torch.testing.assert_close(
         masked_attend(q, k, v, *args, torch.ones(9, dtype=torch.float64)), attend(q, k, v, *args)
     )
+
+
+@pytest.mark.parametrize("depth, layers", [(30, [4, 24]), (32, [4, 26]), (3, [0, 2])])
+def test_default_schedule(depth, layers):
+    """Two stages, early and late, with the compute of the paper's at --ratio, their shares one power of those written down."""
+    for ratio in (0.9, 0.8):
+        schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3), depth)
+        assert list(schedule) == layers and schedule.span == 3
+        paper = [ratio ** len([s for s in range(min(4, depth - 1), depth, 3) if s <= i][:10]) for i in range(depth)]
+        early, late = schedule.values()
+        total = layers[0] + early * (layers[1] - layers[0]) + late * (depth - layers[1])
+        assert total == pytest.approx(sum(paper))
+        assert math.log(early) / math.log(late) == pytest.approx(math.log(0.75) / math.log(0.2))
+
+
+@pytest.mark.parametrize("depth", [30, 32, 8])
+def test_paper_schedule(depth):
+    """--paper has the paper's stages: layers 4, 7, 10, ..., after each a share of 0.9 of what was alive."""
+    schedule = train.make_schedule(paper(), depth)
+    layers = range(4, depth, 3)[:10]
+    assert schedule == {layer: pytest.approx(0.9 ** (s + 1)) for s, layer in enumerate(layers)} and schedule.span == 1
 
 
 def test_given_shares():
