@@ -76,53 +76,6 @@ def test_packed_equals_single(teacher, response):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("starts", [None, [17, 6]], ids=["all", "response"])
-@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
-def test_response_attention_equals_transformers(fields, starts, tmp_path):
-    """Mean over later layers of the largest head's attention from the rows that predict a scored token, in a packed batch."""
-    from transformers import AutoModelForCausalLM
-
-    tiny.write(tmp_path, **fields)
-    seqlens, (first, second) = [23, 14], (tiny.ids(23), tiny.ids(14))
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
-    model = Transformer.from_pretrained(tmp_path, torch.float64)
-    labels, states = saliency.mark(model, torch.cat((first, second)), [0, 2], "response_attention", seqlens, starts)
-    blocks, _ = saliency.response_labels(model, torch.cat((first, second)), [0, 2], seqlens, starts, block=4)
-    for layer, got in labels.items():
-        expected = []
-        for ids, start in zip((first, second), starts or (1, 1)):
-            maps = hf(ids[None], output_attentions=True).attentions[layer:]
-            received = [m[0, :, start - 1 : len(ids) - 1].sum(1).amax(0) for m in maps]
-            expected.append(sum(received) / len(received))
-        torch.testing.assert_close(got.double(), torch.cat(expected), rtol=0, atol=1e-5)
-        assert torch.allclose(got, blocks[layer], rtol=0, atol=1e-6)
-    dense, _ = saliency.hidden_states(model, torch.cat((first, second)), [0, 2], seqlens)
-    torch.testing.assert_close(states, {layer: x.detach() for layer, x in dense.items()})
-
-
-@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
-def test_entropy_equals_transformers(fields, tmp_path):
-    """attention_entropy is 1 - mean entropy / log(visible tokens) of transformers' eager attention weights."""
-    from transformers import AutoModelForCausalLM
-
-    tiny.write(tmp_path, **fields)
-    ids = tiny.ids(23)
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
-    maps = hf(ids[None], output_attentions=True).attentions
-    model = Transformer.from_pretrained(tmp_path, torch.float64)
-    labels = label(model, ids, [0, 2], "attention_entropy")
-    blocks, _ = saliency.entropy_labels(model, ids, [0, 2], [23], block=7)  # the last one short
-    for layer, got in labels.items():
-        assert torch.allclose(got, blocks[layer], rtol=0, atol=1e-6)
-        expected = []
-        for i in range(len(ids)):
-            seen = min(i + 1, fields.get("sliding_window", i + 1))
-            entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in maps[layer][0, :, i].tolist()]
-            expected.append(1 - sum(entropies) / len(entropies) / math.log(seen) if seen > 1 else 1.0)
-        torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-        assert 0.05 < got.min() < 0.9 and got[0] == 1
-
-
 @pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
 @pytest.mark.parametrize("starts", [None, [15, 5, 8]])
 def test_response_attention_equals_transformers(fields, starts, tmp_path):
