@@ -51,7 +51,7 @@ RETRIEVED = "Paragraph 12"
         ("passage_retrieval_en", "12 of 30", [RETRIEVED], 0.5),
         ("passage_retrieval_zh", "段落7", ["段落7"], 1),
         ("lcc", "\n# note\nreturn x\nreturn y", ["return x"], 1),
-        ("lcc", "`a`\n//b\n#c", ["return x"], 0),
+        ("lcc", "`return x`\n//return x\n#return x", ["return x"], 0),
         ("lcc", "abcd\n", ["abxd"], 0.75),
         ("repobench-p", "abc", ["ab"], 0.8),
         ("lcc", "abcde", ["ab"], 0.57),  # 4 / 7, to whole percents
