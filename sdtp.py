@@ -476,14 +476,14 @@ def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):
 @torch.no_grad()
 def generate(
     model, ids, max_new_tokens, scorers=None, schedule=None, *, seqlens=None, cache=None,
-    temperature=0.0, top_p=1.0, eos_token_ids=(), generator=None, on_token=None,
+    temperature=0.0, top_p=1.0, eos_token_ids=(), min_new_tokens=0, generator=None, on_token=None,
 ):  # fmt: skip
     """Pruned prefill, then decoding from the true position (not from the number of tokens kept).
 
     ids, scorers, schedule, seqlens: as in prefill; cache: an empty KVCache, to look at afterwards;
-    on_token: called with the list of the B new ids after every step. Returns one list of new ids per
-    prompt, ended by (and with) an end-of-sequence token. ValueError where prompt + new tokens exceed
-    the model's positions, and for a temperature or top_p out of range.
+    min_new_tokens: of which none is an end-of-sequence token; on_token: called with the list of the B new ids
+    after every step. Returns one list of new ids per prompt, ended by (and with) an end-of-sequence token.
+    ValueError where prompt + new tokens exceed the model's positions, and for a temperature or top_p out of range.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must not be negative, top_p {top_p} must lie in (0, 1]")
@@ -498,6 +498,8 @@ def generate(
     positions = torch.tensor(prompt_lens, device=ids.device)
     outputs, done = [[] for _ in prompt_lens], [False] * len(prompt_lens)
     for step in range(max_new_tokens):
+        if step < min_new_tokens:
+            logits[:, list(eos_token_ids)] = -torch.inf
         token = sample_token(logits, temperature, top_p, generator)
         for i, t in enumerate(token.tolist()):
             if not done[i]:

@@ -407,6 +407,11 @@ def test_generate_stops():
     assert len(generate(model, ids[:20], 10, cache=cache, eos_token_ids=[eos])[0]) == len(cut[0])
     assert cache.seqlens() == [[20 + len(cut[0]) - 1]] * 3
     assert generate(model, ids, 0, seqlens=lens) == [[], []]
+    firsts = [f[0] for f in free]
+    forced = generate(model, ids, 10, seqlens=lens, eos_token_ids=firsts, min_new_tokens=1)
+    for (n, start), new in zip(((20, 0), (11, 20)), forced):  # the best token that does not end the answer
+        logits = model(ids[start : start + n])[-1].index_fill(0, torch.tensor(firsts), -math.inf)
+        assert new[0] == logits.argmax() and len(new) > 1
 
 
 def test_generate_positions():
