@@ -77,6 +77,29 @@ def test_packed_equals_single(teacher, response):
 
 
 @pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
+def test_entropy_equals_transformers(fields, tmp_path):
+    """attention_entropy is 1 - mean entropy / log(visible tokens) of transformers' eager attention weights."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.write(tmp_path, **fields)
+    ids = tiny.ids(23)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
+    maps = hf(ids[None], output_attentions=True).attentions
+    model = Transformer.from_pretrained(tmp_path, torch.float64)
+    labels = label(model, ids, [0, 2], "attention_entropy")
+    blocks, _ = saliency.entropy_labels(model, ids, [0, 2], [23], block=7)  # the last one short
+    for layer, got in labels.items():
+        assert torch.allclose(got, blocks[layer], rtol=0, atol=1e-6)
+        expected = []
+        for i in range(len(ids)):
+            seen = min(i + 1, fields.get("sliding_window", i + 1))
+            entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in maps[layer][0, :, i].tolist()]
+            expected.append(1 - sum(entropies) / len(entropies) / math.log(seen) if seen > 1 else 1.0)
+        torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
+        assert 0.05 < got.min() < 0.9 and got[0] == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
 @pytest.mark.parametrize("starts", [None, [15, 5, 8]])
 def test_response_attention_equals_transformers(fields, starts, tmp_path):
     """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, the largest
