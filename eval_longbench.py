@@ -30,16 +30,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import hf_hub_download
-from torch import nn
 from tqdm import tqdm
 
 import cli
 from cli import clock
 from data import Example
 from download import DEFAULT
-from eval_tasks import adapted, flops_share, given_scores, needs_heads, parse, policy, run_method
-from model import KVCache, read_json
-from sdtp import fingerprint, generate, write_atomic
+from eval_tasks import adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate
+from model import read_json
+from sdtp import fingerprint, generate, heads_bytes, write_atomic
 from tokenizer import Tokenizer
 
 try:
@@ -212,8 +211,7 @@ def score(dataset, prediction, answers, classes):
 
 
 def read_rows(data, name, limit=0):
-    """The rows of NAME.jsonl in a folder or a data.zip, a list of dicts. FileNotFoundError or ValueError in one line."""
-    data = Path(data or hf_hub_download("THUDM/LongBench", "data.zip", repo_type="dataset"))
+    """The rows of NAME.jsonl in a folder or a data.zip, a Path, as a list of dicts. FileNotFoundError or ValueError in one line."""
     path = data / f"{name}.jsonl"
     try:
         if data.suffix == ".zip":
@@ -295,27 +293,18 @@ def answer(tokenizer, dataset, model, examples, rankers=None, schedule=None):
     size, stops = SETS[dataset].max_new_tokens, list(tokenizer.eos_token_ids)
     if dataset == "samsum":  # the model would go on with the next dialogue
         stops.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
-    seqlens, ids = [len(e.prompt) for e in examples], [t for e in examples for t in e.prompt]
-    cache, first, start = KVCache(len(model.layers), extra=size), [], clock(model)
-
-    def on_token(tokens):
-        if not first:
-            first[:] = clock(model) - start, cache.seqlens()
-
-    outputs = generate(
-        model, torch.tensor(ids, device=model.device), size, rankers, schedule, seqlens=seqlens, cache=cache,
-        eos_token_ids=stops, min_new_tokens=int(dataset == "samsum"), on_token=on_token,
-    )  # fmt: skip
-    seconds, (prefill, alive) = (clock(model) - start) / len(examples), first
+    outputs, alive, first, total = timed_generate(
+        model, examples, size, rankers, schedule, eos_token_ids=stops, min_new_tokens=int(dataset == "samsum")
+    )
     return [
         {
             "pred": tokenizer.decode(output),
             "new_tokens": len(output),
-            "alive": list(counts),
-            "prefill_seconds": prefill / len(examples),
-            "seconds": seconds,
+            "alive": counts,
+            "prefill_seconds": first / len(examples),
+            "seconds": total / len(examples),
         }
-        for output, counts in zip(outputs, zip(*alive))
+        for output, counts in zip(outputs, alive)
     ]
 
 
@@ -520,7 +509,7 @@ def begin(config, model, heads, schedule):
         "schedule": {str(layer): [share, schedule.drop_mass.get(layer)] for layer, share in schedule.items()},
         "span": schedule.span,
         "model": fingerprint(model),
-        "pruning": fingerprint(nn.ModuleDict({str(layer): head for layer, head in heads.items()})) if heads else None,
+        "pruning": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(),
     }
     old = read_json(path) if path.is_file() else {}
     for name in (*THE_RUN, "schedule", "span", "model", "pruning"):
@@ -564,7 +553,8 @@ def main():
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     methods, datasets = chosen(config)
     needed = needs_heads(methods)
-    rows = {d: read_rows(config.data, d + "_e" * config.e, config.limit) for d in datasets}
+    source = Path(config.data or hf_hub_download("THUDM/LongBench", "data.zip", repo_type="dataset"))
+    rows = {d: read_rows(source, d + "_e" * config.e, config.limit) for d in datasets}
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to finish waits for the last
         if config.device == "auto" and torch.cuda.is_available():

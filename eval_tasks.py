@@ -120,23 +120,38 @@ def perplexity_results(model, examples, rankers=None, schedule=None):
     ]
 
 
-def needle_results(tokenizer, model, examples, rankers=None, schedule=None):
-    """Pruned prefill, then greedy decoding: value is 1 where the answer holds the response as a whole word, count is 1."""
-    new_tokens = max(len(e.response) for e in examples) + MORE_TOKENS
-    cache, seqlens = KVCache(len(model.layers), extra=new_tokens), [len(e.prompt) for e in examples]
-    ticks = [clock(model)]
+def timed_generate(model, examples, new_tokens, rankers=None, schedule=None, **how):
+    """Pruned prefill of a batch's prompts, then greedy decoding; how: more arguments of generate().
+
+    Returns (new ids of each example; tokens alive per layer, a list per example; seconds until the first token; in all).
+    """
     ids = torch.tensor([t for e in examples for t in e.prompt], device=model.device)
+    cache, first, start = KVCache(len(model.layers), extra=new_tokens), [], clock(model)
+
+    def on_token(tokens):
+        if not first:  # the cache holds the prompts alone
+            first[:] = clock(model) - start, cache.seqlens()
+
+    seqlens = [len(e.prompt) for e in examples]
     outputs = generate(
-        model, ids, new_tokens, rankers, schedule, seqlens=seqlens, cache=cache,
-        eos_token_ids=tokenizer.eos_token_ids, on_token=lambda _: ticks.append(clock(model)),
-    )  # fmt: skip
+        model, ids, new_tokens, rankers, schedule, seqlens=seqlens, cache=cache, on_token=on_token, **how
+    )
+    prefill_seconds, held = first
+    return outputs, [list(counts) for counts in zip(*held)], prefill_seconds, clock(model) - start
+
+
+def needle_results(tokenizer, model, examples, rankers=None, schedule=None):
+    """timed_generate() as results: value is 1 where the answer holds the response as a whole word, count is 1."""
+    new_tokens = max(len(e.response) for e in examples) + MORE_TOKENS
+    outputs, alive, seconds, _ = timed_generate(
+        model, examples, new_tokens, rankers, schedule, eos_token_ids=tokenizer.eos_token_ids
+    )
     results = []
-    for example, output, held in zip(examples, outputs, zip(*cache.seqlens())):
+    for example, output, counts in zip(examples, outputs, alive):
         answer, wanted = tokenizer.decode(output), tokenizer.decode(example.response).strip()
         hit = re.search(rf"\b{re.escape(wanted)}\b", answer)
-        alive = [n - (len(ticks) - 2) for n in held]  # the last new token is in no cache
-        seconds = (ticks[1] - ticks[0]) / len(examples)
-        results.append({"value": int(bool(hit)), "count": 1, "alive": alive, "seconds": seconds, "answer": answer})
+        result = {"value": int(bool(hit)), "count": 1, "alive": counts, "seconds": seconds / len(examples)}
+        results.append(result | {"answer": answer})
     return results
 
 

@@ -132,9 +132,8 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
     def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
         parts = []
         for q_, k_, p, start in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens), starts):
-            rows = zip(
-                q_[start - 1 : -1].split(block), p[start - 1 : -1].split(block)
-            )  # those that predict a scored token
+            scoring = slice(start - 1, -1)  # the rows that predict a scored token
+            rows = zip(q_[scoring].split(block), p[scoring].split(block))
             parts.append(sum(attention_weights(qs, k_, ps, p, window).sum(1) for qs, ps in rows).amax(0))
         received.append(torch.cat(parts))
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)

@@ -250,7 +250,7 @@ def one_stage(layer, flops, n, model):
 
 
 def flops_of(schedule, n, model):
-    return sum(block_flops(model, rows) for rows in schedule.alive(n))
+    return sum(executed_flops(model.config, n, schedule.alive(n), logit_rows=0))
 
 
 def rankers(model, example, layers, config, heads):

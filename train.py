@@ -608,21 +608,24 @@ def check_flags(config):
 
 def make_schedule(config, num_hidden_layers):
     """The Schedule of --shares, or of the stages with the compute of --ratio; ValueError for a malformed one."""
-    if not config.shares and not config.stages:
-        shares = {round(depth * num_hidden_layers): share for depth, share in OUR_STAGES.items()}
-        return Schedule(num_hidden_layers, shares, span=config.span).with_ratio(config.ratio)
-    if not config.shares:
-        stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages, "span": config.span}
-        return Schedule(num_hidden_layers, **stages).with_ratio(config.ratio)
+    if config.shares:
+        return Schedule(num_hidden_layers, given_shares(config.shares), span=config.span)
+    if config.stages:
+        stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages}
+    else:
+        stages = {"shares": {round(depth * num_hidden_layers): share for depth, share in OUR_STAGES.items()}}
+    return Schedule(num_hidden_layers, **stages, span=config.span).with_ratio(config.ratio)
+
+
+def given_shares(text):
+    """{layer: share} of --shares; ValueError for a malformed one."""
     try:
-        pairs = [(int(layer), float(share)) for layer, share in (part.split(":") for part in config.shares.split(","))]
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError
+        pairs = [(int(layer), float(share)) for layer, share in (part.split(":") for part in text.split(","))]
     except ValueError:
-        raise ValueError(
-            f"--shares {config.shares}: LAYER:SHARE with commas is needed, as in 4:0.7,10:0.5, each layer once"
-        ) from None
-    return Schedule(num_hidden_layers, dict(pairs), span=config.span)
+        pairs = []
+    if not pairs or len(dict(pairs)) < len(pairs):
+        raise ValueError(f"--shares {text}: LAYER:SHARE with commas is needed, as in 4:0.7,10:0.5, each layer once")
+    return dict(pairs)
 
 
 def prompts(config, tokenizer, model):
