@@ -351,7 +351,9 @@ def load_heads(folder, model):
         more = {"span": meta.get("span", 1), "drop_mass": meta.get("drop_mass")}
         schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
-        heads = {layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule.scored()}
+        heads = {
+            layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule.scored()
+        }
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
             raise ValueError("heads.safetensors is not the file that heads.json was written with")
