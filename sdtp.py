@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from model import KVCache, read_json
+from model import KVCache, attention_weights, read_json, visible
 
 FIRST_TOKENS, LAST_SHARE = 4, 0.1  # always kept: the first 4 tokens and the last 10 % of the prompt
 
@@ -101,9 +101,9 @@ class Schedule(dict):
         return [layer for layer, share in self.items() if share]
 
     def mean_share(self):
-        """Share of a prompt alive, mean over the layers: what linear FLOPs go by (protected tokens aside)."""
+        """Share of a long prompt alive, mean over the layers: what linear FLOPs go by. The last tenth always is."""
         ends = [*list(self)[1:], self.num_hidden_layers]
-        alive = min(self) + sum(share * (end - layer) for (layer, share), end in zip(self.items(), ends))
+        alive = min(self) + sum(max(share, LAST_SHARE) * (end - layer) for (layer, share), end in zip(self.items(), ends))
         return alive / self.num_hidden_layers
 
     def fitted(self, cost, budget):
@@ -213,6 +213,7 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
 
 
 QUERIES, RANK = 32, 16  # of PruneHead's matches
+SAMPLE = 64  # rows, spread over the prompt, whose attention PruneHead looks at beside that of the last QUERIES
 
 
 class PruneHead(nn.Module):
@@ -223,14 +224,19 @@ class PruneHead(nn.Module):
     norm: x is layer-normed first;
     position: logarithms of the distances to the end and to the beginning, their share and the prompt's length;
     matches: products of rank 16 between each token and the last 32, that many of them, pooled over these by
-    maximum and log-mean-exp: a token's causal state cannot know a question that comes after it, but its end can.
+    maximum and log-mean-exp: a token's causal state cannot know a question that comes after it, but its end can;
+    attention: number of the model's attention heads, whose weights in the block to come each token's features are: how
+    much the last 32 tokens attend to it, and how much they and 64 tokens spread over the prompt do (H2O's score, sampled).
+    dropout: on the hidden layer, in training.
     """
 
-    def __init__(self, hidden_size, divisor=4, norm=False, position=False, matches=0):
+    def __init__(self, hidden_size, divisor=4, norm=False, position=False, matches=0, attention=0, dropout=0.0):
         super().__init__()
-        self.options = {"divisor": divisor, "norm": norm, "position": position, "matches": matches}
-        self.norm, self.position, self.matches = norm, position, matches
-        width, features = hidden_size // divisor, 4 * position + 2 * matches
+        self.options = {
+            "divisor": divisor, "norm": norm, "position": position, "matches": matches, "attention": attention,
+        }  # fmt: skip
+        self.norm, self.position, self.matches, self.attention, self.dropout = norm, position, matches, attention, dropout
+        width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention
         self.fc1 = nn.Linear(hidden_size, width)
         self.fc2 = nn.Linear(width, 2)
         if features:
@@ -238,15 +244,16 @@ class PruneHead(nn.Module):
         if matches:
             self.q_proj, self.k_proj = (nn.Linear(hidden_size, matches * RANK, bias=False) for _ in range(2))
 
-    def logits(self, x, positions=None, seqlens=None):
-        """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop; positions, seqlens: see forward()."""
+    def logits(self, x, positions=None, seqlens=None, block=None):
+        """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop; positions, seqlens, block: see forward()."""
+        features = self.position_features(positions, seqlens) if self.position else []
+        features += self.attention_features(x, positions, seqlens, block) if self.attention else []
         x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
         hidden = linear(self.fc1, x).float()  # the large products, in the model's dtype
-        features = self.position_features(positions, seqlens) if self.position else []
         features += self.match_features(x, seqlens) if self.matches else []
         if features:
             hidden = hidden + self.features(torch.cat(features, -1))
-        return self.fc2(F.gelu(hidden))
+        return self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
 
     def position_features(self, positions, seqlens):
         """[(T, 4)]: of each token of prompts whose last token is there, as it is at every stage."""
@@ -265,21 +272,49 @@ class PruneHead(nn.Module):
             out.append(torch.cat((dots.amax(-1), dots.logsumexp(-1) - math.log(len(queries))), -1))
         return [torch.cat(out)]
 
-    def flops(self, rows):
-        """FLOPs of scoring that many tokens of one prompt."""
+    @torch.no_grad()
+    def attention_features(self, x, positions, seqlens, block):
+        """[(T, 2 * attention)]: logarithms of the attention weights of `block` on each token, head by head, mean over the rows
+        that can see it: of the last ones, and of all that are sampled."""
+        attention, x, out = block.self_attn, block.input_layernorm(x), []
+
+        def rotated(proj, x, positions):
+            return attention.rope(proj(x).unflatten(-1, (-1, attention.head_dim)), positions)
+
+        keys = rotated(attention.k_proj, x, positions)
+        for x, k, p in zip(x.split(seqlens), keys.split(seqlens), positions.split(seqlens)):
+            rows = sampled_rows(len(p)).to(x.device)
+            weights = attention_weights(rotated(attention.q_proj, x[rows], p[rows]), k, p[rows], p, attention.window)
+            seen = visible(p[rows], p, attention.window)
+            means = [weights[:, part].sum(1) / seen[part].sum(0).clamp(min=1) for part in (slice(-QUERIES, None), slice(None))]
+            out.append(torch.cat(means).float().T)  # (n, 2 * heads)
+        return [((torch.cat(out) + 1e-5).log() + 5) / 2]
+
+    def flops(self, rows, config=None):
+        """FLOPs of scoring that many tokens of one prompt; config: the model's, for attention."""
         linears = [m for m in self.children() if m is not getattr(self, "q_proj", None)]
         queries = min(QUERIES, rows) if self.matches else 0
         q_proj = queries * self.q_proj.weight.numel() if self.matches else 0
         products = rows * queries * self.matches * RANK
+        if self.attention:
+            sampled, width = len(sampled_rows(rows)), config.head_dim * config.num_attention_heads
+            kv_width = config.head_dim * config.num_key_value_heads
+            products += config.hidden_size * (rows * kv_width + sampled * width) + rows * sampled * width
         return 2 * (rows * sum(m.weight.numel() for m in linears) + q_proj + products)
 
     def forward(self, x, positions=None, seqlens=None, block=None):
         """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32.
 
-        positions: (T,), seqlens: rows of each of the packed prompts, for position and matches.
+        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches and attention.
         """
-        keep, drop = self.logits(x, positions, seqlens).unbind(-1)
+        keep, drop = self.logits(x, positions, seqlens, block).unbind(-1)
         return keep - drop
+
+
+def sampled_rows(n):
+    """The rows of a prompt's n that PruneHead's attention features go by, ascending: SAMPLE spread ones, the last QUERIES."""
+    spread = torch.linspace(0, n - 1, min(SAMPLE, n)).round().long()
+    return torch.cat((spread[spread < n - QUERIES], torch.arange(max(0, n - QUERIES), n)))
 
 
 def linear(module, x):
@@ -392,7 +427,7 @@ def executed_flops(config, n, alive, heads=None, logit_rows=1):
     rows = [n, *(p if isinstance(p, int) else len(p) for p in alive)]  # rows[layer] reach a stage at that layer
     linear = sum(map(config.linear_flops, rows[1:])) + 2 * logit_rows * config.vocab_size * config.hidden_size
     attention = sum(pairs(p, config.window(layer)) for layer, p in enumerate(alive))
-    scoring = sum(head.flops(rows[layer]) for layer, head in (heads or {}).items())
+    scoring = sum(head.flops(rows[layer], config) for layer, head in (heads or {}).items())
     return linear, 4 * config.head_dim * config.num_attention_heads * attention, scoring
 
 

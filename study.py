@@ -35,7 +35,7 @@ from sdtp import Schedule, alive_count, executed_flops, load_heads, write_atomic
 from tokenizer import Tokenizer
 from train import PAPER
 
-BARE = {"norm": False, "position": False, "matches": 0}  # the paper's head
+BARE = {"norm": False, "position": False, "matches": 0, "attention": False, "dropout": 0.0}  # the paper's head
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {
@@ -54,7 +54,9 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         "plain": BARE,
         "+ norm": BARE | {"norm": True},
         "+ position": BARE | {"norm": True, "position": True},
-        **{f"+ matches, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
+        "+ matches": {"attention": False, "dropout": 0.0},
+        "+ dropout": {"attention": False},
+        **{f"+ attention, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
     },
     "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
     "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)},

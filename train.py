@@ -52,12 +52,14 @@ class TrainConfig:
     stages: int = 0  # stages at most, as many as fit (0: ours, the two of OUR_STAGES)
     ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
     shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
-    span: int = 8  # neighbouring tokens scored, kept and dropped together
+    span: int = 16  # neighbouring tokens scored, kept and dropped together
     # the heads
     divisor: int = 4  # their hidden layer has hidden_size / divisor units
     norm: bool = True  # layer-norm the state
     position: bool = True  # they know where in the prompt a token is
     matches: int = 8  # products with the prompt's last tokens that they see
+    attention: bool = True  # they see how much attention a token gets in the block to come
+    dropout: float = 0.1  # on their hidden layer, in training
     teacher: str = saliency.TEACHER  # response_attention, grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = saliency.LABEL_LOSS  # the tokens that labels are for: those of the response, or all next tokens
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
@@ -98,10 +100,10 @@ class TrainConfig:
 
 
 # {share of the layers below a stage: share of the prompt kept}: one early stage, as what an answer copies must be alive where
-# it is read, and a late one, where hardly anything still is (results/LOG.md, session 4); shares fitted to --ratio.
-OUR_STAGES = {2 / 15: 0.75, 0.8: 0.2}
+# it is read, and a late one, where hardly anything still is (results/LOG.md, sessions 4 and 5); shares fitted to --ratio.
+OUR_STAGES = {2 / 15: 0.75, 0.8: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "epochs": 1, "teacher": "grad_norm",
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "attention": False, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm",
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
@@ -173,11 +175,11 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
     return torch.where(free, keep, 1.0) * alive
 
 
-def prompt_logits(head, x, seqlens, prompt_lens):
-    """(T, 2) head logits of the prompts' tokens, which are all that a head sees; 0 for the responses'."""
+def prompt_logits(head, x, seqlens, prompt_lens, block):
+    """(T, 2) head logits of the prompts' tokens, which are all that a head sees, before `block`; 0 for the responses'."""
     parts = [rows[:n] for rows, n in zip(torch.arange(len(x), device=x.device).split(seqlens), prompt_lens)]
     rows, positions = torch.cat(parts), torch.cat([torch.arange(n, device=x.device) for n in prompt_lens])
-    scored = head.logits(x[rows], positions, list(prompt_lens))
+    scored = head.logits(x[rows], positions, list(prompt_lens), block)
     return scored.new_zeros(len(x), 2).index_copy(0, rows, scored)
 
 
@@ -193,7 +195,7 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             if layer in heads:
-                logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens)
+                logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens, block)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
             stage = logits.get(layer), alive, free, seqlens, prompt_lens, schedule[layer], tau
             masks[layer] = alive = stage_mask(*stage)
@@ -281,7 +283,10 @@ def losses(model, heads, batch, schedule, config):
     positions = model.positions(seqlens)
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
     if not (config.lm_weight or config.distill):  # imitation alone: heads read the dense states
-        logits = {layer: prompt_logits(head, states[layer], seqlens, prompt_lens) for layer, head in heads.items()}
+        logits = {
+            layer: prompt_logits(head, states[layer], seqlens, prompt_lens, model.layers[layer])
+            for layer, head in heads.items()
+        }
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         return {"loss": weighted(terms, config), **terms}, {}
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
@@ -478,7 +483,7 @@ def draw_predictions(model, heads, examples, schedule, config, path):
         positions = torch.arange(n, device=model.device)
         free = ~is_protected(positions, n)
         for layer, x in states.items():
-            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n], positions, [n])[free]))
+            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n], positions, [n], model.layers[layer])[free]))
             points[layer].append(both.argsort(-1).argsort(-1) / both.shape[1])
     figure, axes = plt.subplots(1, len(points), figsize=(2.4 * len(points), 2.8), sharey=True, squeeze=False)
     for axis, (layer, parts) in zip(axes[0], points.items()):
@@ -507,7 +512,9 @@ def learning_rate(step, steps, config):
 def new_head(model, config):
     """A PruneHead by the flags, whose scores start at 0: hidden states are large (rms 5 to 27 in SmolLM2), and random
     scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
-    head = PruneHead(model.config.hidden_size, config.divisor, config.norm, config.position, config.matches)
+    attention = model.config.num_attention_heads * config.attention
+    options = config.divisor, config.norm, config.position, config.matches, attention, config.dropout
+    head = PruneHead(model.config.hidden_size, *options)
     torch.nn.init.zeros_(head.fc2.weight)
     return head.to(model.device)
 
@@ -668,6 +675,8 @@ def main():
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model, config) for layer in schedule.scored()}
     history = train(model, heads, examples, schedule, config)
+    for head in heads.values():
+        head.eval()
 
     schedule = calibrate(model, [e.prompt for e in examples[:CALIBRATION_PROMPTS]], heads, schedule)
     out = Path(config.out_dir)

@@ -606,7 +606,8 @@ OPTIONS = {
     "norm": dict(norm=True),
     "position": dict(position=True),
     "matches": dict(matches=3),
-    "all": dict(divisor=1, norm=True, position=True, matches=2),
+    "attention": dict(attention=4),
+    "all": dict(divisor=1, norm=True, position=True, matches=2, attention=4),
 }
 each_head = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 ALIVE = [[*range(4), *range(7, 60), 63], [0, 1, 5, 6, 40], [0]]  # positions of prompts that have lost tokens
@@ -629,19 +630,42 @@ def rows_of(positions):
     return x, torch.tensor(sum(positions, [])), lens
 
 
-def loop_score(head, x, positions, divisor=4, norm=False, position=False, matches=0):
+def loop_attention(block, x, positions):
+    """PruneHead's attention features of one prompt, (n, 8), from whole maps row by row: sampled rows, then their means."""
+    n, attention = len(x), block.self_attn
+    q, k, _ = attention.qkv(block.input_layernorm(x), torch.tensor(positions))
+    spread = {round(i * (n - 1) / 63) for i in range(64)} if n > 64 else set(range(n))
+    last = range(max(0, n - 32), n)
+    features = torch.zeros(n, 8, dtype=torch.float64)
+    for part, rows in enumerate((last, sorted(spread | set(last)))):
+        total, seen = torch.zeros(4, n), [0] * n
+        for i in rows:
+            sees = [j for j in range(i + 1) if positions[i] - positions[j] < (attention.window or 10**6)]
+            for h in range(4):
+                scores = torch.tensor([(q[i, h] @ k[j, h // 2]).item() / 8**0.5 for j in sees], dtype=torch.float64)
+                total[h, sees] += scores.softmax(-1).float()
+            for j in sees:
+                seen[j] += 1
+        means = total / torch.tensor(seen).clamp(min=1)
+        features[:, 4 * part : 4 * part + 4] = (((means + 1e-5).log() + 5) / 2).T
+    return features
+
+
+def loop_score(head, x, positions, block, divisor=4, norm=False, position=False, matches=0, attention=0):
     """A head's scores of one prompt, token by token, in float64 and plain Python but for the products of a matrix and a row."""
     weights, n = {name: p.double() for name, p in head.state_dict().items()}, positions[-1] + 1
     assert weights["fc1.weight"].shape == (32 // divisor, 32)
-    rows, scores = [], []
+    rows, scores, seen = [], [], loop_attention(block, x.double(), positions) if attention else None
     for row in x.double():
         mean = sum(row) / 32
         rows.append((row - mean) / (sum((row - mean) ** 2) / 32 + 1e-5) ** 0.5 if norm else row)
     queries = [(weights["q_proj.weight"] @ row).tolist() for row in rows[-32:]] if matches else []
-    for row, p in zip(rows, positions):
+    for i, (row, p) in enumerate(zip(rows, positions)):
         hidden, features = weights["fc1.weight"] @ row + weights["fc1.bias"], []
         if position:
             features += [math.log(n - p) / 8, math.log(p + 1) / 8, p / n, math.log(n) / 8]
+        if attention:
+            features += seen[i].tolist()
         if matches:
             key = (weights["k_proj.weight"] @ row).tolist()
             spans = [range(16 * m, 16 * m + 16) for m in range(matches)]
@@ -657,23 +681,26 @@ def loop_score(head, x, positions, divisor=4, norm=False, position=False, matche
 
 
 @each_head
-def test_options_equal_loops(options):
+@pytest.mark.parametrize("window", [None, 12])
+def test_options_equal_loops(options, window):
     """Packed prompts that have lost tokens score, in any dtype, as each by itself in a plain loop over the tokens."""
-    head, (x, positions, lens) = random_head(options), rows_of(ALIVE)
+    fields = {"model_type": "mistral", "sliding_window": window, "max_position_embeddings": 256}
+    head, (x, positions, lens) = random_head(options), rows_of([*ALIVE, list(range(0, 240, 2))])
+    block = tiny.build(**fields).layers[1]
     expected = [
         s
         for rows, p in zip(x.split(lens), positions.split(lens))
-        for s in loop_score(head, rows, p.tolist(), **options)
+        for s in loop_score(head, rows, p.tolist(), block, **options)
     ]
     expected = torch.tensor(expected)
     for dtype, tolerance in ((torch.float64, 1e-4), (torch.float32, 1e-4), (torch.bfloat16, 0.25)):
-        scores = head(x.to(dtype), positions, lens)
+        scores = head(x.to(dtype), positions, lens, tiny.build(dtype, **fields).layers[1])
         assert scores.dtype == torch.float32 and scores.shape == (sum(lens),)
         assert (scores - expected).abs().max() < tolerance * max(1, expected.abs().max())
     assert expected.std() > 0.3
     # what is not asked for has no weights, and with no option the head is the paper's
     names = {name.split(".")[0] for name in head.state_dict()} - {"fc1", "fc2"}
-    wanted = {"position": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
+    wanted = {"position": {"features"}, "attention": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
     assert names == set().union(*(wanted.get(name, set()) for name in options))
 
 
@@ -703,13 +730,13 @@ def test_options_through_prefill(fields, options):
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["paper", *OPTIONS])
-@pytest.mark.parametrize("rows", [1, 20, 32, 90])
+@pytest.mark.parametrize("rows", [1, 20, 32, 90, 200])
 def test_head_flops(options, rows):
     """flops() are the matrix products that PyTorch counts, for prompts shorter and longer than the queries of matches."""
-    head = random_head(options)
+    head, model = random_head(options), tiny.build(torch.float32, max_position_embeddings=256)
     with FlopCounterMode(display=False) as counter:
-        head(torch.randn(rows, 32), torch.arange(rows), [rows])
-    assert head.flops(rows) == counter.get_total_flops() > 0
+        head(torch.randn(rows, 32), torch.arange(rows), [rows], model.layers[0])
+    assert head.flops(rows, model.config) == counter.get_total_flops() > 0
 
 
 @each_head
@@ -724,7 +751,8 @@ def test_options_round_trip(options, saved):
     x, positions, lens = rows_of(ALIVE)
     for layer, head in heads.items():
         assert loaded[layer].options == head.options and options.items() <= head.options.items()
-        assert torch.equal(loaded[layer](x, positions, lens), head(x, positions, lens))
+        more = positions, lens, model.layers[layer]
+        assert torch.equal(loaded[layer](x, *more), head(x, *more))
 
 
 def test_heads_written_before_options(saved):

@@ -537,7 +537,7 @@ def test_imitation_reads_dense_states_of_prompts_alone():
     """Without L_lm the heads score the dense model's prompt rows, as prefill would at the first stage, and masks are not drawn."""
     model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.6, 2: 0.5}, span=4)
     torch.manual_seed(0)
-    heads = {layer: PruneHead(32, norm=True, position=True, matches=2) for layer in schedule}
+    heads = {layer: PruneHead(32, norm=True, position=True, matches=2, attention=4) for layer in schedule}
     data = ids, seqlens, prompt_lens, labels, _ = batch(model)
     terms, alive = losses(model, heads, data, schedule, TrainConfig())
     assert alive == {} and terms.keys() == {"loss", "list", "overlap"}
