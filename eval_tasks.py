@@ -2,11 +2,12 @@
 
 python eval_tasks.py --text FILE.txt                       # perplexity: windows of plain text
 python eval_tasks.py --data FILE.jsonl --keep 0.9,0.8      # held-out rows in Dolly's fields, at two budgets
+python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # KV compression, the paper's table 6
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
 
 All methods of a table execute the same prefill FLOPs at the median prompt. --rows FILE.jsonl keeps what every prompt
-gave: a killed run goes on, and a method can be added later to the same prompts. KV compression, the paper's table 6:
---methods dense,dense+h2o,sdtp,sdtp+h2o
+gave: a killed run goes on, and a method can be added later to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 %
+of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
 """
 
 import hashlib
@@ -71,9 +72,7 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl or needle
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
-    methods: str = ",".join(
-        METHODS
-    )  # NAME@16 has spans of 16, NAME@16@2 one stage, at layer 2; METHOD+h2o and +snapkv keep 40 % of its KV cache, +h2o@0.2 20 %
+    methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at 2, NAME+h2o@0.4 40 % of KV
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
@@ -180,7 +179,7 @@ def compressed(method):
     try:
         return Compression(kind, float(keep or Compression.keep)) if plus else None
     except ValueError:
-        forms = "+h2o or +snapkv keep 40 % of the KV cache, +h2o@0.2 20 %"
+        forms = "+h2o and +snapkv keep 40 % of the KV cache, +h2o@0.2 20 %"
         raise ValueError(f"unknown KV compression in method {method!r} ({forms})") from None
 
 
