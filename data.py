@@ -44,7 +44,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
     """(training Examples, held-out Examples) of pydoc, made, dolly, FILE.jsonl, FILE.txt, or several of these with commas.
 
     pydoc: windows of Python's manual; made: needles to find, sentences to copy and passages to go on with, in the manual
-    and in the contexts of the rows among the sources.
+    and in the contexts of the rows among the sources, and those rows among other rows' contexts.
     prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
     response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
     """
@@ -59,6 +59,9 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
                 [e for text in half for e in made_examples(text, tokenizer, prompt_len, score_len, held_out)]
                 for held_out, half in enumerate(zip(*texts))
             ]
+            for halves in rows.values():
+                more = [row_examples(crowded(half), tokenizer, score_len, min_prompt, max_prompt) for half in halves]
+                part = [[e for turn in zip_longest(a, b[:CROWDED]) for e in turn if e] for a, b in zip(part, more)]
         elif name == "pydoc" or name.endswith(".txt"):
             halves = split_text(manual() if name == "pydoc" else read_text(name))
             part = [text_windows(half, tokenizer, prompt_len, score_len) for half in halves]
@@ -89,6 +92,19 @@ def split_text(text):
 def contexts(rows):
     """The rows' contexts as one text."""
     return "\n\n".join(row["context"].strip() for row in rows if row["context"].strip())
+
+
+CROWDED = 700  # rows of a source that made uses so
+
+
+def crowded(rows, seed=0):
+    """Rows with a context, each put among up to three other rows' contexts: an answer to find among what is not asked for."""
+    draw, rows = random.Random(seed), [row for row in rows if row["context"].strip()]
+    for row in rows:
+        others = draw.sample(rows, min(len(rows), draw.randint(1, 3)))
+        parts = [other["context"].strip() for other in others if other is not row]
+        parts.insert(draw.randint(0, len(parts)), row["context"].strip())
+        yield row | {"context": "\n\n".join(parts)}
 
 
 @lru_cache(maxsize=4)

@@ -88,6 +88,9 @@ class EvalConfig:
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     rows: str = ""  # .jsonl file of every prompt's results: what it holds is not computed again
     json: str = ""  # file for the table's rows
+    figure: str = (
+        ""  # ppl: .png file, what each method costs against the FLOPs it executes (give several budgets to --keep)
+    )
 
 
 # ---------------------------------------------------------------------------- running a batch
@@ -521,6 +524,28 @@ def print_table(rows):
     print(f"{first['prompts']} prompts of {mean:.0f} tokens on average{scored}", flush=True)
 
 
+def draw(rows, path):
+    """PPL difference with its interval against executed FLOPs, in per cent of dense's: a line for each method."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
+        part = sorted((row for row in rows if row["method"] == method), key=lambda row: row["flops_share"])
+        x, y, low, high = ([100 * row[name] for row in part] for name in ("flops_share", "ppl_diff", "low", "high"))
+        (line,) = axis.plot(x, y, marker="o", label=method)
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel="executed prefill FLOPs, % of dense", ylabel="PPL difference, %")
+    axis.set(
+        title=f"{rows[0]['prompts']} prompts of {rows[0]['prompt_tokens'] / rows[0]['prompts']:.0f} tokens on average"
+    )
+    axis.legend()
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -546,6 +571,8 @@ def main():
         raise ValueError(f"--tasks {config.tasks}: choose ppl or needle")
     if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
+    if config.tasks == "needle" and config.figure:
+        raise ValueError("--figure draws perplexities: leave it out with --tasks needle")
     cli.at_least(1, config, "limit", "prompt_len", "score_len", "batch_size")
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     methods = config.methods.split(",")
@@ -567,6 +594,8 @@ def main():
         print_table(new)
         rows += [row | ({"length": length} if length else {}) for row in new]
         cli.write_rows(config.json, rows, source=config.text or config.data, seed=config.seed)  # so far
+    if config.figure:
+        draw(rows, config.figure)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ class Schedule(dict):
 
     Schedule(30) has the paper's stages, as many as fit: layers 4, 7, 10, ... (at most 10), where after
     stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. span: neighbouring tokens
-    that are scored, kept or dropped together (1: the paper's). ValueError names a layer outside the model, a
-    share outside [0, 1] or above the one before, or a span below 1.
+    that are scored, kept or dropped together (1: the paper's). A stage with a share of 0 leaves the protected tokens
+    alone, and needs no scorer. ValueError names a layer outside the model, a share outside [0, 1] or above the one
+    before, or a span below 1.
 
     adaptive, not the paper's: a prompt drops its lowest spans, as many as hold at most a share drop_mass[layer] of the
     softmax over its spans' scores (top-p, over spans; the softmax, as L_list leaves a prompt's scores a constant free).
@@ -90,10 +91,14 @@ class Schedule(dict):
                 )
             previous = share
         masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
-        if (masses or adaptive) and not (masses.keys() == self.keys() and right):
+        if (masses or adaptive) and not (list(masses) == self.scored() and right):
             raise ValueError(
-                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {list(self)}, not {masses}; calibrate() finds it"
+                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {self.scored()}, not {masses}; calibrate() finds it"
             )
+
+    def scored(self):
+        """The layers whose stage needs a scorer."""
+        return [layer for layer, share in self.items() if share]
 
     def mean_share(self):
         """Share of a prompt alive, mean over the layers: what linear FLOPs go by (protected tokens aside)."""
@@ -130,7 +135,7 @@ class Schedule(dict):
 
     def shares(self, layer, scores, positions, seqlens, prompt_lens):
         """The share that each of the packed prompts keeps at a stage: the schedule's, or what its scores ask for."""
-        if not self.adaptive:
+        if not (self.adaptive and self[layer]):
             return [self[layer]] * len(seqlens)
         parts = zip(scores.split(seqlens), positions.split(seqlens), prompt_lens)
         return [adaptive_share(*part, self.drop_mass[layer], self.span) for part in parts]
@@ -346,7 +351,9 @@ def load_heads(folder, model):
         more = {"span": meta.get("span", 1), "drop_mass": meta.get("drop_mass")}
         schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
-        heads = {layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule}
+        heads = {
+            layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule.scored()
+        }
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
             raise ValueError("heads.safetensors is not the file that heads.json was written with")
@@ -405,7 +412,7 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     scorers, schedule = scorers or {}, schedule or {}
-    if bool(scorers) != bool(schedule) or not schedule.keys() <= scorers.keys():
+    if bool(scorers) != bool(schedule) or schedule and not set(schedule.scored()) <= scorers.keys():
         raise ValueError("pruning needs both: a schedule, and a scorer for each of its layers")
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
@@ -413,7 +420,7 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     x, positions, shares, cache.alive = model.embed(ids), model.positions(seqlens), {}, []
     for layer, block in enumerate(model.layers):
         if layer in schedule:
-            scores = scorers[layer](x, positions, seqlens, block)
+            scores = scorers[layer](x, positions, seqlens, block) if schedule[layer] else positions.float()
             shares[layer] = schedule.shares(layer, scores, positions, seqlens, prompt_lens)
             keep, seqlens = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
@@ -455,7 +462,7 @@ def calibrate(model, prompts, scorers, schedule, rounds=40):
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
     x, positions, drop_mass = model.embed(ids), model.positions(seqlens), {}
-    for layer, block in enumerate(model.layers[: max(schedule) + 1]):
+    for layer, block in enumerate(model.layers[: max(schedule.scored(), default=-1) + 1]):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
             rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))

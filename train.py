@@ -157,8 +157,10 @@ def hold_share(score, alive, count, rounds=30):
 def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
     """Eq. 2 at one stage: pi: (T, 2) head logits, alive: (T,) mask so far -> (T,) mask from here on.
 
-    share: what the schedule leaves alive of a prompt, or None to take pi as it is.
+    share: what the schedule leaves alive of a prompt (0: the protected tokens, whatever pi), or None to take pi as it is.
     """
+    if share == 0:
+        return torch.where(free, 0.0, alive)
     if share is not None:
         shift = torch.zeros(len(pi), device=pi.device)
         for rows, n in zip(torch.arange(len(pi), device=pi.device).split(seqlens), prompt_lens):
@@ -182,16 +184,19 @@ def prompt_logits(head, x, seqlens, prompt_lens):
 def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False):
     """The pruned model of training: no token is removed, dropped ones are hidden from the others.
 
-    free: (T,) bool, the tokens a stage may drop; schedule: hold the masks to its shares. Returns (output of the
-    last block (T, hidden_size), {layer: head logits (T, 2)}, {layer: cumulative mask M (T,)}).
+    free: (T,) bool, the tokens a stage may drop; schedule: {layer: the share to hold its mask to, or None} (default:
+    None at each head's layer). Returns (output of the last block (T, hidden_size), {layer: head logits (T, 2)},
+    {layer: cumulative mask M (T,)}).
     """
     x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
+    schedule = dict.fromkeys(heads) if schedule is None else schedule
     for layer, block in enumerate(model.layers):
-        if layer in heads:
-            logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens)
+        if layer in schedule:
+            if layer in heads:
+                logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
-            share = None if schedule is None else schedule[layer]
-            masks[layer] = alive = stage_mask(logits[layer], alive, free, seqlens, prompt_lens, share, tau)
+            stage = logits.get(layer), alive, free, seqlens, prompt_lens, schedule[layer], tau
+            masks[layer] = alive = stage_mask(*stage)
         if alive is None:
             x = block(x, positions, seqlens)
             continue
@@ -279,7 +284,7 @@ def losses(model, heads, batch, schedule, config):
         logits = {layer: prompt_logits(head, states[layer], seqlens, prompt_lens) for layer, head in heads.items()}
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         return {"loss": weighted(terms, config), **terms}, {}
-    held = schedule if config.hold_share else None
+    held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
     x, logits, masks = masked_forward(
         model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute(model, config)
     )
@@ -333,9 +338,9 @@ def mark(model, examples, layers, config):
     return ids, seqlens, prompt_lens, *marked
 
 
-def pack(model, examples, schedule, config):
+def pack(model, examples, layers, config):
     """mark() of a list of examples, through --label_cache: what is in it costs no pass."""
-    layers = list(schedule)
+    layers = list(layers)
     if not config.label_cache:
         return mark(model, examples, layers, config)
     run = [
@@ -467,9 +472,9 @@ def draw_predictions(model, heads, examples, schedule, config, path):
     """Predicted score against teacher's label per stage, as ranks within held-out prompts (dense states)."""
     import matplotlib.pyplot as plt
 
-    points = {layer: [] for layer in schedule}
+    points = {layer: [] for layer in heads}
     for example in examples[:8]:
-        _, _, (n,), labels, states = pack(model, [example], schedule, config)
+        _, _, (n,), labels, states = pack(model, [example], heads, config)
         positions = torch.arange(n, device=model.device)
         free = ~is_protected(positions, n)
         for layer, x in states.items():
@@ -512,7 +517,7 @@ def train_step(model, heads, optimizer, batches, schedule, config):
     optimizer.zero_grad(set_to_none=True)
     record = {}
     for examples in batches:
-        terms, alive = losses(model, heads, pack(model, examples, schedule, config), schedule, config)
+        terms, alive = losses(model, heads, pack(model, examples, heads, config), schedule, config)
         (terms["loss"] / len(batches)).backward()
         values = {name: t.item() for name, t in terms.items()} | {
             f"alive_{layer}": share for layer, share in alive.items()
@@ -534,7 +539,7 @@ def train(model, heads, examples, schedule, config):
     first, history = start_or_resume(config, heads, optimizer)
     out, steps, begin, prompts = Path(config.out_dir), len(groups), time.perf_counter(), 0
     print(
-        f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, schedule))}",
+        f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, heads))}",
         flush=True,
     )
     for step in range(first, steps):
@@ -661,7 +666,7 @@ def main():
     schedule = make_schedule(config, len(model.layers))
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
-    heads = {layer: new_head(model, config) for layer in schedule}
+    heads = {layer: new_head(model, config) for layer in schedule.scored()}
     history = train(model, heads, examples, schedule, config)
 
     schedule = calibrate(model, [e.prompt for e in examples[:CALIBRATION_PROMPTS]], heads, schedule)

@@ -361,3 +361,17 @@ def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="a.txt is not UTF-8"):
         data.read_text(tmp_path / "a.txt")
+
+
+def test_crowded():
+    """Each row's context stands whole among up to three other rows' contexts, at every place; question and answer stay."""
+    rows = [row(i, context=f"[Context {i}.]") for i in range(40)] + [row(99, context="  ")]
+    crowded, places = list(data.crowded(rows)), set()
+    assert [r["response"] for r in crowded] == [r["response"] for r in rows[:40]]
+    for i, r in enumerate(crowded):
+        parts = r["context"].split("\n\n")
+        assert 1 <= len(parts) <= 4 and parts.count(f"[Context {i}.]") == 1 and len(set(parts)) == len(parts)
+        assert set(parts) <= {f"[Context {k}.]" for k in range(40)} and r["instruction"] == rows[i]["instruction"]
+        places.add((parts.index(f"[Context {i}.]"), len(parts)))
+    assert {(0, 4), (1, 4), (2, 4), (3, 4), (0, 2), (1, 2)} <= places
+    assert crowded == list(data.crowded(rows))

@@ -250,6 +250,21 @@ def test_half_asked_pruning_is_refused():
 
 
 @each_model
+def test_floor_needs_no_scorer(fields):
+    """A stage with a share of 0 keeps the protected tokens, as one with a scorer and a share too small for any other does."""
+    model = tiny.build(**fields)
+    heads = random_heads(model)
+    floor, small = (Schedule(5, {1: 0.6, 3: share}, span=4) for share in (0.0, 1e-6))
+    assert floor.scored() == [1] and small.scored() == [1, 3]
+    for lens in ([40], [31, 12, 50]):
+        ids = torch.cat([tiny.ids(n) for n in lens])
+        got, cache = prefill(model, ids, {1: heads[1]}, floor, lens)
+        wanted, other = prefill(model, ids, heads, small, lens)
+        assert torch.equal(got, wanted) and cache.seqlens() == other.seqlens()
+        assert cache.seqlens()[3] == [protected_count(n) for n in lens]
+
+
+@each_model
 @pytest.mark.parametrize("ratio", [1, 0.9, 0.5, 0.1])
 def test_pruned_equals_hidden(fields, ratio):
     """Pruned prefill of 1 to 50 tokens has the logits and K/V of a model that hides the dropped tokens, which stay in place."""

@@ -341,6 +341,16 @@ def test_held_masks_keep_the_share_of_the_schedule():
         assert (counts.mean(0) - wanted).abs().max() < 1.0 and counts.std(0).min() > 0.5
 
 
+def test_masks_of_a_floor():
+    """A stage with a share of 0 hides all but the protected tokens from the others, and has no head."""
+    model, seqlens, prompt_lens = tiny.build(torch.float32), [48, 60], [44, 52]
+    ids, free = torch.cat([tiny.ids(n) for n in seqlens]), free_tokens(seqlens, prompt_lens)
+    for schedule in ({1: 0.8, 2: 0.0}, {1: None, 2: 0.0}):
+        _, logits, masks = masked_forward(model, {1: PruneHead(32)}, ids, seqlens, prompt_lens, free, schedule=schedule)
+        assert list(logits) == [1] and 0 < masks[1][free].sum() < free.sum()
+        assert torch.equal(masks[2], (~free).float())
+
+
 def test_distill_is_the_kl_divergence():
     """--distill adds KL(dense || pruned) over the response, 0 where nothing is dropped."""
     model, schedule, config = (
