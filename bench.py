@@ -1,6 +1,7 @@
 """Speed, FLOPs and memory: dense, pruned and other programs in turn in one run, beside what the FLOPs promise.
 
 python bench.py --lengths 1024,2048,4096 --keep 0.9,0.8
+python bench.py --kv h2o                                         # each of ours also with 40 % of the KV cache
 python bench.py --transformers                                   # transformers' dense model in the same run
 python bench.py --peers peers                                    # llama.cpp and kvpress, from their own environments
 python bench.py --shape llama2-7b --layers 4 --lengths 16384     # random weights of that shape
@@ -32,6 +33,7 @@ import train
 from cli import clock
 from data import Example, read_text
 from download import DEFAULT
+from kv import compression
 from model import Config, RoPE, Transformer, auto_dtype
 from sdtp import PruneHead, Schedule, executed_flops, fingerprint, generate, prefill
 from tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class BenchConfig:
     layers: int = 0  # shape: that many layers (0: all it has)
     heads: str = ""  # folder of trained heads (default: untrained heads, as fast as trained ones)
     keep: str = ""  # variants, with commas: the compute of the paper's stages at that share (default: heads' own)
+    kv: str = ""  # run each of ours also with the KV cache compressed after the prefill: h2o or snapkv
+    kv_keep: float = 0.0  # share of the prompt whose keys and values it keeps (0: 0.4, the paper's)
     text: str = ""  # text file to read (default: random tokens)
     lengths: str = "1024,2048,4096"  # prompt lengths in tokens
     new_tokens: int = 128  # tokens generated after each prompt, the first of them by the prefill
@@ -358,12 +362,18 @@ def speed(seconds, dense):
     }
 
 
-def work(model, ids, heads=None, schedule=None):
-    """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too."""
+def work(model, ids, heads=None, schedule=None, kv=None):
+    """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too.
+
+    A Compression's scores count as attention, and the bytes are those that it leaves.
+    """
     cache = prefill(model, ids, heads, schedule)[1]
     positions = [layer.rows()[2] for layer in cache.layers]
     linear, attention, head = executed_flops(model.config, len(ids), positions, heads)
     alive = [len(p) for p in positions]
+    if kv:
+        attention += kv.flops(model.config, alive, len(ids))
+        cache = prefill(model, ids, heads, schedule, kv=kv)[1]
     return {
         "linear_flops": linear + head,
         "attention_flops": attention,
@@ -371,6 +381,7 @@ def work(model, ids, heads=None, schedule=None):
         "paper_flops": paper_flops(model.config, alive),
         "mean_alive": sum(alive) / len(alive) / len(ids),
         "alive": alive,
+        "held": [lengths[0] for lengths in cache.seqlens()],
         "kv_bytes": cache.nbytes(),
     }
 
@@ -390,14 +401,17 @@ def heads_seconds(model, ids, heads, schedule):
     return sum(ticks)
 
 
-def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=None):
-    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule}, with a reference transformers, and {name: Peer}.
+def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=None, kv=None):
+    """Rows of one prompt length: dense, sdtp by each of {keep: Schedule}, both again with a Compression, with a
+    reference transformers, and {name: Peer}.
 
     A peer has dense's work and its own keys and values; its peak of live tensors is not known.
     heads_share: seconds of heads, selection and gather (heads_seconds(), not interleaved) over dense's prefill_s.
     """
-    stages = {("dense", None): (None, None)} | {("sdtp", keep): (heads, s) for keep, s in schedules.items()}
-    run = {key: partial(generate, model, ids, scorers=h, schedule=s) for key, (h, s) in stages.items()}
+    stages = {("dense", None): (None, None, None)} | {("sdtp", keep): (heads, s, None) for keep, s in schedules.items()}
+    if kv:
+        stages |= {(f"{method}+{kv.method}", keep): (h, s, kv) for (method, keep), (h, s, _) in stages.items()}
+    run = {key: partial(generate, model, ids, scorers=h, schedule=s, kv=c) for key, (h, s, c) in stages.items()}
     if reference:
         run["transformers", None] = partial(transformers_generate, reference, ids)
     asked = requests(peers or {}, ids, schedules)
@@ -405,9 +419,11 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=
     for (method, keep), call in run.items():
         row = {"length": len(ids), "method": method, "keep": keep, **dense, "heads_share": 0.0}
         row |= speed(seconds[method, keep], seconds["dense", None])
-        if method == "sdtp":
-            row |= work(model, ids, *stages[method, keep])
-            cost = statistics.median(heads_seconds(model, ids, *stages[method, keep]) for _ in range(3))
+        scorers, schedule, compressed = stages.get((method, keep), (None, None, None))
+        if scorers or compressed:
+            row |= work(model, ids, scorers, schedule, compressed)
+        if scorers:
+            cost = statistics.median(heads_seconds(model, ids, scorers, schedule) for _ in range(3))
             row["heads_share"] = cost / rows[0]["prefill_s"]
         if method == "transformers":  # dense's work, but its own cache
             row["kv_bytes"] = sum(t.untyped_storage().nbytes() for c in call(1).layers for t in (c.keys, c.values))
@@ -428,8 +444,8 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=
 
 def print_header():
     print(
-        f"{'':22}|{'prefill':^25}|{'decode':^15}|{'end to end':^17}|{'executed FLOPs':^24}|{'alive':^7}|{'MiB':^26}|{'heads':^7}\n"
-        f"{'tokens':>7} {'method':<14}|{'ms':>9} {'spread':>7} {'speedup':>7} |{'ms':>7} {'ratio':>6} |{'s':>8} {'speedup':>7} "
+        f"{'':23}|{'prefill':^25}|{'decode':^15}|{'end to end':^17}|{'executed FLOPs':^24}|{'alive':^7}|{'MiB':^26}|{'heads':^7}\n"
+        f"{'tokens':>7} {'method':<15}|{'ms':>9} {'spread':>7} {'speedup':>7} |{'ms':>7} {'ratio':>6} |{'s':>8} {'speedup':>7} "
         f"|{'GFLOPs':>8} {'ratio':>6} {'reached':>7} |{'mean':>6} |{'KV':>8} {'peak':>8} {'RSS':>7} |{'share':>6}"
     )
 
@@ -438,7 +454,7 @@ def print_row(r):
     name = r["method"] + ("" if r["keep"] is None else f" {r['keep']:.3g}")
     peak, rss = ("-" if r[b] is None else f"{r[b] / 2**20:.{d}f}" for b, d in (("peak_bytes", 1), ("rss_bytes", 0)))
     print(
-        f"{r['length']:7d} {name:<14}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
+        f"{r['length']:7d} {name:<15}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
         f"|{r['decode_s'] * 1e3:7.2f} {r['decode_ratio']:6.3f} |{r['total_s']:8.2f} {r['total_speedup']:6.2f}x "
         f"|{r['prefill_flops'] / 1e9:8.1f} {r['flops_ratio']:5.2f}x {r['reached']:7.3f} |{r['mean_alive']:6.3f} "
         f"|{r['kv_bytes'] / 2**20:8.2f} {peak:>8} {rss:>7} |{r['heads_share']:6.2%}",
@@ -662,8 +678,11 @@ def main():
     special = [name for name in ("batches", "marking", "profile") if getattr(config, name)]
     if len(special) > 1:
         raise ValueError(f"--{special[0]} and --{special[1]} are two runs: give one of them")
-    if special and (config.transformers or config.peers or config.figure):
-        raise ValueError(f"--transformers, --peers and --figure are for the run by length, without --{special[0]}")
+    kv = compression(config)
+    if special and (config.transformers or config.peers or config.figure or kv):
+        raise ValueError(
+            f"--transformers, --peers, --figure and --kv are for the run by length, without --{special[0]}"
+        )
     if config.peers and config.shape:
         raise ValueError("--peers read the checkpoint's folder; --shape has none")
     lengths = cli.numbers("lengths", config.lengths, int, lambda n: n > 0)
@@ -703,7 +722,7 @@ def main():
     print_header()
     for n in lengths:
         new = measure(
-            model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats, peers
+            model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats, peers, kv
         )
         for row in new:
             print_row(row)

@@ -284,7 +284,7 @@ def read_prompts(config, model, tokenizer, rows, rank):
 # ---------------------------------------------------------------------------- predictions
 
 
-def answer(tokenizer, dataset, model, examples, rankers=None, schedule=None):
+def answer(tokenizer, dataset, model, examples, rankers=None, schedule=None, kv=None):
     """Pruned prefill, then greedy decoding; the call of eval_tasks.run_method()'s `run`.
 
     Returns one dict an example: pred, new_tokens, tokens alive per layer, seconds until the first token and in all,
@@ -294,7 +294,7 @@ def answer(tokenizer, dataset, model, examples, rankers=None, schedule=None):
     if dataset == "samsum":  # the model would go on with the next dialogue
         stops.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
     outputs, alive, first, total = timed_generate(
-        model, examples, size, rankers, schedule, eos_token_ids=stops, min_new_tokens=int(dataset == "samsum")
+        model, examples, size, rankers, schedule, kv=kv, eos_token_ids=stops, min_new_tokens=int(dataset == "samsum")
     )
     return [
         {
@@ -314,7 +314,7 @@ def predict(run, method, stages, model, examples, keys, heads):
     if name in ("gemfilter", "self_information"):
         given = given_scores(name, model, examples, None, None, None)
     before = (clock(model) - start) / len(examples)
-    results = run_method(run, name, model, examples, stages, keys, heads, given)
+    results = run_method(run, method, model, examples, stages, keys, heads, given)
     for result in results:
         result["prefill_seconds"] += before
         result["seconds"] += before

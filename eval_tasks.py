@@ -2,10 +2,12 @@
 
 python eval_tasks.py --text FILE.txt                       # perplexity: windows of plain text
 python eval_tasks.py --data FILE.jsonl --keep 0.9,0.8      # held-out rows in Dolly's fields, at two budgets
+python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # KV compression, the paper's table 6
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
 
 All methods of a table execute the same prefill FLOPs at the median prompt. --rows FILE.jsonl keeps what every prompt
-gave: a killed run goes on, and a method can be added later to the same prompts.
+gave: a killed run goes on, and a method can be added later to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 %
+of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import math
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +34,7 @@ import scorers
 from cli import clock
 from data import Example
 from download import DEFAULT
+from kv import Compression
 from model import KVCache
 from sdtp import (
     CALIBRATION_PROMPTS, Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_bytes, paper_stages,
@@ -69,7 +72,7 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl or needle
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
-    methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at layer 2
+    methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at 2, NAME+h2o@0.4 40 % of KV
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
@@ -93,7 +96,7 @@ class EvalConfig:
 # ---------------------------------------------------------------------------- running a batch
 
 
-def score(model, examples, rankers=None, schedule=None):
+def score(model, examples, rankers=None, schedule=None, kv=None):
     """Prefill the prompts of a batch of Examples, then score their responses exactly.
 
     Returns (nats per response token, (S,) per example; tokens alive per layer, a list per example; seconds of
@@ -105,18 +108,18 @@ def score(model, examples, rankers=None, schedule=None):
     positions = [p[n:] for p, n in zip(model.positions(sizes).split(sizes), prompt_lens)]
     cache = KVCache(len(model.layers), extra=max(scored))
     start = clock(model)
-    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache)
+    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, prompt_lens, cache, kv)
     seconds = clock(model) - start
-    alive = [list(counts) for counts in zip(*cache.seqlens())]
+    alive = [list(counts) for counts in zip(*cache.alive)]
     with torch.no_grad():  # the row after each last token is not used, and spares a case for answers of one token
         rest = model(torch.cat(responses), torch.cat(positions), scored, cache).split(scored)
     logits = (torch.cat((one[None], more[:-1])).float() for one, more in zip(first, rest))
     return [F.cross_entropy(x, r, reduction="none") for x, r in zip(logits, responses)], alive, seconds
 
 
-def perplexity_results(model, examples, rankers=None, schedule=None):
+def perplexity_results(model, examples, rankers=None, schedule=None, kv=None):
     """score() as results: value is the nats of a response, count its tokens."""
-    nats, alive, seconds = score(model, examples, rankers, schedule)
+    nats, alive, seconds = score(model, examples, rankers, schedule, kv)
     return [
         {"value": n.sum().item(), "count": len(n), "alive": a, "seconds": seconds / len(nats)}
         for n, a in zip(nats, alive)
@@ -130,24 +133,18 @@ def timed_generate(model, examples, new_tokens, rankers=None, schedule=None, **h
     """
     ids = torch.tensor([t for e in examples for t in e.prompt], device=model.device)
     cache, first, start = KVCache(len(model.layers), extra=new_tokens), [], clock(model)
-
-    def on_token(tokens):
-        if not first:  # the cache holds the prompts alone
-            first[:] = clock(model) - start, cache.seqlens()
-
-    seqlens = [len(e.prompt) for e in examples]
+    seqlens, on_token = [len(e.prompt) for e in examples], lambda _: first or first.append(clock(model) - start)
     outputs = generate(
         model, ids, new_tokens, rankers, schedule, seqlens=seqlens, cache=cache, on_token=on_token, **how
     )
-    prefill_seconds, held = first
-    return outputs, [list(counts) for counts in zip(*held)], prefill_seconds, clock(model) - start
+    return outputs, [list(counts) for counts in zip(*cache.alive)], first[0], clock(model) - start
 
 
-def needle_results(tokenizer, model, examples, rankers=None, schedule=None):
+def needle_results(tokenizer, model, examples, rankers=None, schedule=None, kv=None):
     """timed_generate() as results: value is 1 where the answer holds the response as a whole word, count is 1."""
     new_tokens = max(len(e.response) for e in examples) + MORE_TOKENS
     outputs, alive, seconds, _ = timed_generate(
-        model, examples, new_tokens, rankers, schedule, eos_token_ids=tokenizer.eos_token_ids
+        model, examples, new_tokens, rankers, schedule, kv=kv, eos_token_ids=tokenizer.eos_token_ids
     )
     results = []
     for example, output, counts in zip(examples, outputs, alive):
@@ -162,16 +159,31 @@ def needle_results(tokenizer, model, examples, rankers=None, schedule=None):
 
 
 def parse(method):
-    """(name, span or None, layer or None) of NAME, NAME@SPAN or NAME@SPAN@LAYER; ValueError for any other."""
-    name, *numbers = method.split("@")
+    """(name, span or None, layer or None) of NAME, NAME@SPAN or NAME@SPAN@LAYER, each with or without +KV; ValueError for any other."""
+    name, *numbers = method.partition("+")[0].split("@")
     fits = len(numbers) <= 2 and all(n.isdecimal() for n in numbers) and 0 not in map(int, numbers[:1])
     if name not in KNOWN or not fits:
         forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2"
         raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; {forms})")
     if numbers and name == "dense" or len(numbers) == 2 and name in (*WITH_HEADS, "floor", *PEERS):
         raise ValueError(f"method {method!r}: {name} has " + ("no stages" if name == "dense" else "stages of its own"))
+    if compressed(method) and name == "gemfilter":
+        raise ValueError(
+            f"method {method!r}: gemfilter's second prompt is a shorter one, and so would a share of it be"
+        )
     span, layer = (*map(int, numbers), None, None)[:2]
     return name, span, layer
+
+
+def compressed(method):
+    """The Compression of METHOD+h2o, METHOD+h2o@0.2 or +snapkv, or None. ValueError for any other."""
+    _, plus, kv = method.partition("+")
+    kind, _, keep = kv.partition("@")
+    try:
+        return Compression(kind, float(keep or Compression.keep)) if plus else None
+    except ValueError:
+        forms = "+h2o and +snapkv keep 40 % of the KV cache, +h2o@0.2 20 %"
+        raise ValueError(f"unknown KV compression in method {method!r} ({forms})") from None
 
 
 def filter_depth(config):
@@ -189,12 +201,13 @@ def filtering_flops(name, config, n):
 def flops_share(method, config, lens, alive, heads=None):
     """Executed FLOPs of a method's prefills of prompts of `lens` tokens over dense's: sdtp's heads and a filtering pass count.
 
-    alive: tokens per layer, of each prompt. What training-free scorers compute is not counted, which is generous to them.
+    alive: tokens per layer, of each prompt. KV compression's scores count; what training-free scorers compute does not,
+    which is generous to them.
     """
-    name, total, dense = parse(method)[0], 0, 0
+    name, kv, total, dense = parse(method)[0], compressed(method), 0, 0
     for n, counts in zip(lens, alive):
         total += sum(executed_flops(config, n, counts, heads if name in WITH_HEADS else None))
-        total += filtering_flops(name, config, n)
+        total += filtering_flops(name, config, n) + (kv.flops(config, counts, n) if kv else 0)
         dense += sum(executed_flops(config, n, [n] * config.num_hidden_layers))
     return total / dense
 
@@ -204,7 +217,8 @@ def policy(method, config, schedule, heads, n, keep=0.0):
 
     schedule, heads: sdtp's; training-free scorers have its stages, or one of their own, and its span, peers spans of 1.
     keep: the budget is the paper's stages' with that share; at 0 it is what sdtp costs.
-    self_information, whose filtering pass alone costs more than dense, has the budget beside it.
+    self_information, whose filtering pass alone costs more than dense, has the budget beside it; KV compression, which
+    comes after a prefill, has what it scores by beside it too.
     ValueError where these stages cannot be had for it.
     """
     (name, span, layer), layers = parse(method), config.num_hidden_layers
@@ -227,9 +241,9 @@ def policy(method, config, schedule, heads, n, keep=0.0):
 
     budget = cost("dense", paper_stages(layers, keep)) if keep else cost("sdtp", schedule)
     if name == "self_information":
-        budget += cost(method, stages) - cost("dense", stages)
+        budget += cost(name, stages) - cost("dense", stages)
     try:
-        return stages.fitted(partial(cost, method), budget)
+        return stages.fitted(partial(cost, name), budget)
     except ValueError as error:
         raise ValueError(f"{method}: {error}") from None
 
@@ -269,8 +283,10 @@ def gemfilter(example, scores, stages):
     return Example([example.prompt[i] for i in keep.tolist()], example.response)
 
 
-def run_method(run, name, model, examples, stages, keys, heads, given):
+def run_method(run, method, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
+    name, kv = parse(method)[0], compressed(method)
+    run = partial(run, kv=kv) if kv else run
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
     if name in WITH_HEADS:
@@ -341,12 +357,12 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
     own |= {"random": seed, "teacher": labels}
     keys = {}
     for (keep, method), stages in plan.items():
-        name, keys[keep, method] = parse(method)[0], []
+        name, kv, keys[keep, method] = parse(method)[0], compressed(method), []
         for example in examples:
             n = len(example.prompt)
             kept = stages and [[layer, alive_count(n, share)] for layer, share in stages.items()]
             kept = stages and [stages.span, stages.drop_mass if stages.adaptive else kept]
-            parts = json.dumps([*base, example, name, kept, own.get(name)])
+            parts = json.dumps([*base, example, name, kept, own.get(name), *([asdict(kv)] if kv else [])])
             keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest())
     return keys
 
@@ -382,7 +398,7 @@ def evaluate(
                 if name not in shared:
                     shared[name] = given_scores(name, model, batch, layers, teacher, label_loss)
                 given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
-            found = run_method(run, name, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
+            found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
             for key, result in zip(todo, found):
                 results.add({"key": key, "keep": keep, "method": method, **result})
     return {which: [results[key] for key in column] for which, column in keys.items()}
@@ -398,7 +414,7 @@ def perplexity(model, examples, methods, schedule, heads=None, **settings):
     its interval low, high; over_sdtp: ppl / sdtp's ppl - 1 likewise.
     """
     results = evaluate(perplexity_results, "perplexity", model, examples, methods, schedule, heads, **settings)
-    rows = table(results, model.config, examples, heads, np.expm1)
+    rows = table(results, model, examples, heads, np.expm1)
     for row in rows:
         loss, diff = row.pop("value"), row.pop("diff")
         row |= {"loss": loss, "ppl": math.exp(loss), "ppl_diff": diff, "loss_diff": math.log1p(diff)}
@@ -414,26 +430,29 @@ def needle(tokenizer, model, examples, methods, schedule, heads=None, **settings
     """
     run = partial(needle_results, tokenizer)
     results = evaluate(run, "needle", model, examples, methods, schedule, heads, **settings)
-    rows = table(results, model.config, examples, heads, lambda difference: difference)
+    rows = table(results, model, examples, heads, lambda difference: difference)
     fails = rows[0]["value"] < 0.5
     for row in rows:
         row |= {"accuracy": row.pop("value"), "accuracy_diff": row.pop("diff"), "dense_fails": fails}
     return rows
 
 
-def table(results, config, examples, heads, difference):
+def table(results, model, examples, heads, difference):
     """Rows from evaluate()'s results, one budget after the other, each with dense first.
 
     value: sum of the results' values over that of their counts; diff, low, high: see compare(), with dense;
     over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp. mean_alive: share of the prompt alive, mean over
-    layers; compression: its inverse (the paper's 1/tau); flops_share: see flops_share();
+    layers; compression: its inverse (the paper's 1/tau); flops_share: see flops_share(); kv_bytes: mean over prompts;
     prefill_speedup: median over prompts of dense seconds / method's seconds, filtering passes aside; at_floor: share
     of the examples of which only the protected tokens are left at the last layer.
     """
-    lens, rows = [len(e.prompt) for e in examples], []
+    lens, rows, config = [len(e.prompt) for e in examples], [], model.config
+    token_bytes = 2 * config.num_key_value_heads * config.head_dim * model.norm.weight.dtype.itemsize  # of one layer
     for (keep, method), found in results.items():
         alive, dense = [r["alive"] for r in found], results[keep, "dense"]
         mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
+        kv = compressed(method)
+        held = [kv.held(counts, n) for counts, n in zip(alive, lens)] if kv else alive  # as prefill has checked
         row = {
             "method": method,
             "keep": keep,
@@ -443,6 +462,7 @@ def table(results, config, examples, heads, difference):
             "mean_alive": mean_alive,
             "compression": 1 / mean_alive,
             "flops_share": flops_share(method, config, lens, alive, heads),
+            "kv_bytes": token_bytes * sum(map(sum, held)) / len(lens),
             "at_floor": sum(a[-1] == protected_count(n) for a, n in zip(alive, lens)) / len(lens),
             "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
         }
@@ -478,13 +498,14 @@ def needs_heads(methods):
 def print_table(rows):
     """The rows of perplexity() or needle(), aligned, budget by budget."""
     found, bounds = "accuracy" in rows[0], "[{:+.1%}, {:+.1%}]".format
+    kv = any(compressed(row["method"]) for row in rows)
     value = f"{'accuracy':>9} {'diff':>9}" if found else f"{'loss':>7} {'ppl':>8} {'ppl diff':>9}"
     for keep, part in groupby(rows, lambda row: row["keep"]):
         if keep:
             print(f"at the FLOPs of the paper's stages with r = {keep:g}")
         print(
             f"{'method':<26} {value} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
-            f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
+            f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}" + f" {'KV MiB':>8}" * kv
         )
         for r in part:
             over = f"{r['over_sdtp']:+.1%}" if "over_sdtp" in r else ""
@@ -494,7 +515,8 @@ def print_table(rows):
             print(
                 f"{r['method']:<26} {cells} {bounds(r['low'], r['high']):>18} {over:>10} {span:>18}"
                 f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
-                f"{' at the floor' * (r['at_floor'] == 1)}"
+                + f" {r['kv_bytes'] / 2**20:8.2f}" * kv
+                + " at the floor" * (r["at_floor"] == 1)
             )
     first = rows[0]
     scored = ", dense below 50 %" * first["dense_fails"] if found else f", {first['scored_tokens']} tokens scored"

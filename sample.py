@@ -2,6 +2,7 @@
 
 python sample.py --prompt "The capital of France is"
 python sample.py --prompt_file README.md --compare      # dense, then pruned
+python sample.py --prompt_file README.md --kv h2o       # pruned, then only 40 % of the prompt's keys and values kept
 """
 
 import time
@@ -12,6 +13,7 @@ import torch
 import cli
 from data import prompt_text
 from download import DEFAULT
+from kv import compression
 from model import KVCache
 from sdtp import generate, prefill, protected_count
 from tokenizer import Tokenizer
@@ -26,6 +28,8 @@ class SampleConfig:
     chat: bool = False  # wrap the prompt in the checkpoint's chat template
     keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule)
     dense: bool = False  # no pruning
+    kv: str = ""  # compress the KV cache after the prefill: h2o or snapkv
+    kv_keep: float = 0.0  # share of the prompt whose keys and values it keeps (0: 0.4, the paper's)
     compare: bool = False  # first dense, then pruned
     max_new_tokens: int = 100  # at most
     temperature: float = 0.0  # 0: greedy
@@ -36,7 +40,7 @@ class SampleConfig:
     json: str = ""  # file for the figures
 
 
-def run(model, tokenizer, ids, config, heads=None, schedule=None):
+def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
     """Generate once, streaming; prints and returns what it cost."""
     cache = KVCache(len(model.layers), extra=config.max_new_tokens)
     new, shown, times = [], "", []
@@ -52,15 +56,16 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
 
     start = time.perf_counter()
     generate(
-        model, torch.tensor(ids, device=config.device), config.max_new_tokens, heads, schedule, cache=cache, on_token=stream,
-        temperature=config.temperature, top_p=config.top_p, eos_token_ids=tokenizer.eos_token_ids,
+        model, torch.tensor(ids, device=config.device), config.max_new_tokens, heads, schedule, cache=cache, kv=kv,
+        on_token=stream, temperature=config.temperature, top_p=config.top_p, eos_token_ids=tokenizer.eos_token_ids,
         generator=torch.Generator(config.device).manual_seed(config.seed),
     )  # fmt: skip
     print(tokenizer.decode(new)[len(shown) :], end="")
-    alive = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
+    alive = [lengths[0] for lengths in cache.alive]
+    held = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
     row = {
-        "method": "sdtp" if schedule else "dense",
+        "method": ("sdtp" if schedule else "dense") + (f"+{kv.method}" if kv else ""),
         "prompt_tokens": len(ids),
         "mean_alive": sum(alive) / len(alive) / len(ids),
         "first_token_s": times[0] - start,
@@ -72,17 +77,20 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None):
         f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}"
         + " (the floor: protected tokens only)" * bool(floor)
     )
+    if kv:
+        print(f"[{row['method']}] tokens in the KV cache per layer: {' '.join(map(str, held))}")
     print(
         f"[{row['method']}] mean alive {row['mean_alive']:.1%} of {len(ids)} | first token {row['first_token_s'] * 1000:.0f} ms"
         f" | {row['tokens_per_s']:.1f} tokens/s | KV {row['kv_bytes'] / 2**20:.2f} MiB\n",
         flush=True,
     )
-    return row | {"alive": " ".join(map(str, alive))}
+    return row | {"alive": " ".join(map(str, alive)), "held": " ".join(map(str, held))}
 
 
 def main():
     config = cli.parse(SampleConfig, __doc__)
     cli.at_least(1, config, "max_new_tokens")
+    kv = compression(config)
     text = prompt_text(config)
     model, folder = cli.load_model(config)
     tokenizer = Tokenizer(folder)
@@ -91,10 +99,10 @@ def main():
     ids, rows = tokenizer.encode(text), []
     prefill(model, torch.tensor(ids[:64], device=config.device))  # warm-up: the first call is slow whatever it does
     if config.dense or config.compare:
-        rows.append(run(model, tokenizer, ids, config))
+        rows.append(run(model, tokenizer, ids, config, kv=kv))
     if not config.dense:
         heads, schedule = cli.heads_and_schedule(config, model, config.keep)
-        rows.append(run(model, tokenizer, ids, config, heads, schedule))
+        rows.append(run(model, tokenizer, ids, config, heads, schedule, kv))
     cli.write_rows(config.json, rows, seed=config.seed)
 
 

@@ -51,17 +51,27 @@ def last_attention(w=8, heads="mean", pool=1):
     return scorer
 
 
-def accumulated_attention(x, positions, seqlens, block, rows=256):
-    """Attention that a token gets from all later ones and itself, summed over them and the heads (H2O, Zhang et al. 2023).
+def accumulated(q, k, positions, window=None, rows=64):
+    """Attention that each token gets from all later ones and itself, summed over them and the query heads of a key head.
 
-    By blocks of query rows: never a whole map.
+    q: (T, Hq, D), k: (T, Hkv, D) of one sequence -> (Hkv, T), float32 or wider. By blocks of at most `rows` query rows
+    and 2**25 weights: never a whole map; 64 took half the time of 256 (1,024 tokens of SmolLM2-135M, one core).
     """
+    (T, Hkv, _), Hq = k.shape, q.shape[1]
+    rows = max(1, min(rows, 2**25 // (Hq * T)))
+    total = torch.zeros(Hkv, T, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        weights = attention_weights(q[start:stop], k[:stop], positions[start:stop], positions[:stop], window)
+        total[:, :stop] += weights.sum(1).unflatten(0, (Hkv, -1)).sum(1)
+    return total
+
+
+def accumulated_attention(x, positions, seqlens, block, rows=64):
+    """accumulated(), summed over the heads: the score of H2O (Zhang et al. 2023)."""
     q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
-    out = []
-    for q, k, p in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens)):
-        parts = zip(q.split(rows), p.split(rows))
-        out.append(sum(attention_weights(qs, k, ps, p, block.self_attn.window).sum((0, 1)) for qs, ps in parts))
-    return torch.cat(out)
+    parts = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens))
+    return torch.cat([accumulated(q, k, p, block.self_attn.window, rows).sum(0) for q, k, p in parts])
 
 
 def last_query(layer_scores_pool=5):

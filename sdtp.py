@@ -435,14 +435,15 @@ def executed_flops(config, n, alive, heads=None, logit_rows=1):
 
 
 @torch.no_grad()
-def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
+def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, kv=None):
     """Read prompts, dropping tokens on the way.
 
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
     scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
-    dense; cache: an empty KVCache to fill. Returns (logits of each prompt's last token (B, vocab_size), cache).
-    ValueError for a used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the
-    tokens alive at a layer are not those that the schedule asks for.
+    dense; cache: an empty KVCache to fill; kv: a kv.Compression of what each layer leaves in it. Returns (logits of
+    each prompt's last token (B, vocab_size), cache); cache.alive is the tokens alive, [layer][prompt]. ValueError for a
+    used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the tokens alive at a layer,
+    or those that its cache holds, are not as many as schedule and kv ask for.
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     scorers, schedule = scorers or {}, schedule or {}
@@ -451,30 +452,37 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None):
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")
-    x, positions, shares = model.embed(ids), model.positions(seqlens), {}
+    x, positions, shares, cache.alive = model.embed(ids), model.positions(seqlens), {}, []
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block) if schedule[layer] else positions.float()
             shares[layer] = schedule.shares(layer, scores, positions, seqlens, prompt_lens)
             keep, seqlens = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
-        x = block(x, positions, seqlens, cache[layer])
-    check_alive(cache, schedule, prompt_lens, shares)
+        cache.alive.append(seqlens)
+        if kv:
+            x = block(x, positions, seqlens, attend=kv.attend(cache[layer], prompt_lens))
+        else:
+            x = block(x, positions, seqlens, cache[layer])
+    check_alive(cache, schedule, prompt_lens, shares, kv)
     return model.logits(x[torch.tensor(seqlens).cumsum(0) - 1]), cache
 
 
-def check_alive(cache, schedule, prompt_lens, shares):
-    """The guard against a silent no-op: RuntimeError unless the cache holds what the schedule asks for.
+def check_alive(cache, schedule, prompt_lens, shares, kv=None):
+    """The guard against a silent no-op: RuntimeError unless as many tokens were alive at each layer as the schedule
+    asks for, and its cache holds those, or what kv leaves of them.
 
     shares: {layer: share per prompt}, from Schedule.shares and not from what was selected.
     """
     asked = [{layer: each[i] for layer, each in shares.items()} for i in range(len(prompt_lens))]
-    wanted = [schedule.alive(n, s) if schedule else [n] * len(cache.layers) for n, s in zip(prompt_lens, asked)]
-    for layer, (held, asked) in enumerate(zip(cache.seqlens(), zip(*wanted))):
-        if held != list(asked):
-            raise RuntimeError(
-                f"layer {layer} holds {held} tokens where the schedule asks for {list(asked)}: pruning was not applied"
-            )
+    alive = [schedule.alive(n, s) if schedule else [n] * len(cache.layers) for n, s in zip(prompt_lens, asked)]
+    kept = [kv.held(counts, n) for counts, n in zip(alive, prompt_lens)] if kv else alive
+    for what, found, wanted in (("pruning", cache.alive, alive), ("compression", cache.seqlens(), kept)):
+        for layer, (held, counts) in enumerate(zip(found, zip(*wanted))):
+            if held != list(counts):
+                raise RuntimeError(
+                    f"layer {layer} holds {held} tokens where {list(counts)} are asked for: {what} was not applied"
+                )
 
 
 CALIBRATION_PROMPTS = 64  # training prompts that scripts give to calibrate()
@@ -517,12 +525,12 @@ def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(
-    model, ids, max_new_tokens, scorers=None, schedule=None, *, seqlens=None, cache=None,
+    model, ids, max_new_tokens, scorers=None, schedule=None, *, seqlens=None, cache=None, kv=None,
     temperature=0.0, top_p=1.0, eos_token_ids=(), min_new_tokens=0, generator=None, on_token=None,
 ):  # fmt: skip
     """Pruned prefill, then decoding from the true position (not from the number of tokens kept).
 
-    ids, scorers, schedule, seqlens: as in prefill; cache: an empty KVCache, to look at afterwards;
+    ids, scorers, schedule, seqlens, kv: as in prefill; cache: an empty KVCache, to look at afterwards;
     min_new_tokens: of which none is an end-of-sequence token; on_token: called with the list of the B new ids
     after every step. Returns one list of new ids per prompt, ended by (and with) an end-of-sequence token.
     ValueError where prompt + new tokens exceed the model's positions, and for a temperature or top_p out of range.
@@ -536,7 +544,7 @@ def generate(
             f"a prompt of {max(prompt_lens)} tokens and {max_new_tokens} new ones are beyond the model's {limit} positions"
         )
     cache = KVCache(len(model.layers), extra=max_new_tokens) if cache is None else cache
-    logits, cache = prefill(model, ids, scorers, schedule, prompt_lens, cache)
+    logits, cache = prefill(model, ids, scorers, schedule, prompt_lens, cache, kv)
     positions = torch.tensor(prompt_lens, device=ids.device)
     outputs, done = [[] for _ in prompt_lens], [False] * len(prompt_lens)
     for step in range(max_new_tokens):

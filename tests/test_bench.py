@@ -230,6 +230,23 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert len({len(line) for line in lines[table : table + 9]}) == 1 and "fit" in lines[table + 9]
 
 
+def test_script_compressed(tmp_path, monkeypatch, capsys):
+    """--kv adds a row to each of ours: same tokens alive, fewer bytes, the FLOPs of its scores."""
+    flags = "--shape 10m --layers 3 --lengths 40 --new_tokens 3 --repeats 1 --dtype float32 --keep 0.6 --kv snapkv"
+    run_script(monkeypatch, f"{flags} --kv_keep 0.85 --json {tmp_path}/r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())
+    names = [("dense", None), ("sdtp", 0.6), ("dense+snapkv", None), ("sdtp+snapkv", 0.6)]
+    assert [(r["method"], r["keep"]) for r in rows] == names
+    for plain, compressed in zip(rows, rows[2:]):
+        assert compressed["alive"] == plain["alive"] and compressed["heads_share"] > 0 or plain["method"] == "dense"
+        assert plain["held"] == plain["alive"] and compressed["held"] == [min(n, 34) for n in plain["alive"]]
+        assert compressed["kv_bytes"] == 2 * sum(compressed["held"]) * 128 * 4
+        over = sum(32 * n - 32 * 31 // 2 for n in plain["alive"] if n > 34) * 2 * 64 * 4
+        assert compressed["attention_flops"] == plain["attention_flops"] + over > plain["attention_flops"]
+        assert compressed["linear_flops"] == plain["linear_flops"]
+    assert " sdtp+snapkv 0.6|" in capsys.readouterr().out
+
+
 def test_script_shape(tmp_path, monkeypatch):
     """--shape: random weights with room for the longest prompt and the new tokens, beside transformers' of the shape."""
     flags = "--shape 10m --layers 3 --lengths 30 --new_tokens 3 --repeats 1 --transformers --dtype float32"

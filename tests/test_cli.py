@@ -108,6 +108,11 @@ MISTAKES = {
     "sample.py --prompt abc --heads heads/cut": "heads/cut",
     "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
     "sample.py --prompt abc --heads heads/tiny --keep 1.5": "is 1.5",
+    "sample.py --prompt abc --kv magic": "--kv magic: choose h2o, snapkv",
+    "sample.py --prompt abc --kv_keep 0.4": "--kv_keep 0.4: give --kv too",
+    "bench.py --lengths 20 --kv h2o --kv_keep 1.5": "--kv_keep 1.5",
+    "bench.py --batches 1,4 --kv h2o": "--kv are for the run by length",
+    "eval_tasks.py --text text.txt --methods dense,dense+h2o@2": "'dense+h2o@2'",
     "train.py --data text.txt --list_weight 0": "all weights are 0",
     "train.py --data text.txt --distill": "--distill goes by --lm_weight",
     "eval_tasks.py --text text.txt --heads heads/other": "another checkpoint",
@@ -182,6 +187,20 @@ def test_sample_compare(run, tmp_path):
             and row["seed"] == 7
             and row["command"].startswith("python sample.py --ckpt tiny")
         )
+
+
+def test_sample_compressed(run, tmp_path):
+    """sample.py --kv: tokens alive stay, tokens held and KV bytes are those of the share, dense and pruned."""
+    flags = ["--ckpt", "tiny", "--prompt", "hello there, how are you today?", "--compare", "--max_new_tokens", 5]
+    flags += ["--kv", "h2o", "--kv_keep", 0.5, "--dtype", "float32", "--json", tmp_path / "r.json"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run("sample.py", *flags)[0] == 0
+    dense, pruned = json.loads((tmp_path / "r.json").read_text())
+    assert [dense["method"], pruned["method"]] == ["dense+h2o", "sdtp+h2o"]
+    assert [dense["alive"], dense["held"]] == ["32 32 32 32 32", "16 16 16 16 16"]
+    assert [pruned["alive"], pruned["held"]] == ["32 32 16 16 10", "16 16 16 16 10"]
+    assert pruned["kv_bytes"] == 2 * 2 * 8 * 4 * (4 * 16 + 10 + 5 * 5)
+    assert "[sdtp+h2o] tokens in the KV cache per layer: 16 16 16 16 10" in out.getvalue()
 
 
 def test_keep_at_the_floor_says_so(run):

@@ -447,6 +447,16 @@ def test_gemfilter_and_self_information(place, tmp_path, monkeypatch):
     assert shares["fastkv"] == pytest.approx(shares["gemfilter"], abs=0.01) and shares["self_information"] > 1
 
 
+def test_compression(place, whole, tmp_path, monkeypatch):
+    """METHOD+h2o keeps METHOD's tokens alive and answers otherwise; at a share of 1 it answers as METHOD."""
+    run(place, monkeypatch, tmp_path, "--methods", "sdtp+h2o@0.2,sdtp+h2o@1")
+    found, plain = answers(tmp_path), answers(whole[0])
+    for d in ("hotpotqa", "trec", "passage_count"):
+        assert found[f"pred/sdtp+h2o@1/{d}.jsonl"] == (sdtp := plain[f"pred/sdtp/{d}.jsonl"])
+        some = found[f"pred/sdtp+h2o@0.2/{d}.jsonl"]
+        assert [r["alive"] for r in some] == [r["alive"] for r in sdtp] and some != sdtp
+
+
 def test_longbench_e(place, tmp_path, monkeypatch):
     """Lengths below 4,000, below 8,000 and above; result.json in the published form, NaN for a bin without rows."""
     rows = run(place, monkeypatch, tmp_path, "--e", "--methods", "most_recent")

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 
 import numpy as np
@@ -16,9 +17,10 @@ import eval_tasks
 import scorers
 from data import Example
 from eval_tasks import (
-    KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, gemfilter, gemfilter_scores, needle, parse, perplexity,
-    policy, score,
+    KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, compressed, gemfilter, gemfilter_scores, needle, parse,
+    perplexity, policy, score,
 )  # fmt: skip
+from kv import Compression
 from sdtp import PruneHead, Schedule, calibrate, generate, protected_count, save_heads
 
 EXAMPLES = [Example(tiny.ids(n).tolist(), tiny.ids(m, seed=n).tolist()) for n, m in ((30, 6), (41, 1), (24, 9))]
@@ -84,8 +86,9 @@ def test_speedup_is_the_median_of_the_examples(monkeypatch):
 def test_ratio_one_is_dense():
     """Pruning that keeps everything gives the dense numbers exactly."""
     everything = Schedule(3, {1: 1.0, 2: 1.0})
-    dense, *others = perplexity(tiny.build(), EXAMPLES, [m for m in METHODS if m != "floor"], everything, heads())
-    assert len(others) == 5
+    names = [m for m in METHODS if m != "floor"] + ["dense+h2o@1", "sdtp+snapkv@1.0"]
+    dense, *others = perplexity(tiny.build(), EXAMPLES, names, everything, heads())
+    assert len(others) == 7
     for row in others:
         assert row["loss"] == dense["loss"] and row["loss_diff"] == row["ppl_diff"] == 0 and row["mean_alive"] == 1
 
@@ -121,6 +124,46 @@ def test_rankings_matter():
     }.items():
         other = losses(**changes)
         assert [m for m in plain if plain[m] != other[m]] == [method]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compression_by_hand(tmp_path, batch_size):
+    """METHOD+h2o prunes as METHOD does and scores over what H2O leaves: loss, FLOPs and KV bytes by hand, a key of its own."""
+    model, ranker, settings = tiny.build(), heads(), {"batch_size": batch_size, "rows": tmp_path / "rows.jsonl"}
+    plain = perplexity(model, EXAMPLES, ["sdtp@2"], SCHEDULE, ranker, **settings)
+    names = ["dense", "dense+h2o", "sdtp@2", "sdtp@2+h2o@0.4", "sdtp@2+h2o@0.2"]
+    rows = perplexity(model, EXAMPLES, names, SCHEDULE, ranker, **settings)
+    assert [r["method"] for r in rows] == names and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 15
+    assert [rows[0], rows[2]] == plain  # compression changes no key but its own
+    stages = policy("sdtp@2", model.config, SCHEDULE, ranker, 30)
+    for row, share, args in zip(rows, (1, 0.4, 1, 0.4, 0.2), [()] * 2 + [(ranker, stages)] * 3):
+        kv, like = Compression("h2o", share), plain[bool(args)]
+        alive = [stages.alive(len(e.prompt)) if args else [len(e.prompt)] * 3 for e in EXAMPLES]
+        held = sum(min(c, int(len(e.prompt) * share + 0.5)) for e, counts in zip(EXAMPLES, alive) for c in counts)
+        assert row["kv_bytes"] == held / 3 * 2 * 2 * 8 * 8  # k and v, heads, head_dim, float64
+        assert row["mean_alive"] == like["mean_alive"]
+        products = sum(kv.flops(model.config, counts, len(e.prompt)) for e, counts in zip(EXAMPLES, alive))
+        dense = sum(flops_by_hand(model, [len(e.prompt)] * 3) for e in EXAMPLES)
+        assert row["flops_share"] == pytest.approx(like["flops_share"] + products / dense)
+        nats = sum((score(model, [e], *args, kv=kv)[0][0].tolist() for e in EXAMPLES), [])
+        assert row["loss"] == pytest.approx(sum(nats) / 16, rel=1e-5)
+    assert len({round(row["loss"], 3) for row in rows}) == 5
+
+
+def test_compression_of_needles():
+    """A compressed needle run generates over the compressed cache; with all of it kept its rows are those without."""
+    model, prompts = tiny.build(), [tiny.ids(n, seed=2).tolist() for n in (30, 38)]
+    kv, found = {}, []
+    for name in ("sdtp", "sdtp+h2o@0.2", "sdtp+snapkv@1"):
+        kv, examples = compressed(name), [Example(p, [5]) for p in prompts]
+        run = lambda *args, **more: found.append(eval_tasks.needle_results(Numerals(), *args, **more))
+        eval_tasks.run_method(run, name, model, examples, SCHEDULE, [], heads(), None)
+        for result, prompt in zip(found[-1], prompts):
+            args = model, torch.tensor(prompt), 1 + MORE_TOKENS, heads(), SCHEDULE
+            output = generate(*args, kv=kv, eos_token_ids=[0])[0]
+            assert result["answer"] == Numerals().decode(output) and result["alive"] == SCHEDULE.alive(len(prompt))
+    answers = [[r["answer"] for r in results] for results in found]
+    assert answers[0] == answers[2] != answers[1]
 
 
 def test_teacher_labels_by_the_response(monkeypatch):
@@ -377,6 +420,20 @@ def test_known_methods():
     assert [parse(name) for name in KNOWN] == [(name, None, None) for name in KNOWN]
     assert all(parse(f"{name}@16") == (name, 16, None) for name in KNOWN if name != "dense")
     assert parse("random@32@0") == ("random", 32, 0) and parse("teacher@8@12") == ("teacher", 8, 12)
+
+
+def test_methods_with_compression():
+    """Every method but gemfilter with a share of its KV cache, the paper's where none is said; what is none is refused by name."""
+    for name in sorted(set(KNOWN) - {"gemfilter"}):
+        assert parse(f"{name}+h2o") == parse(name) and compressed(f"{name}+h2o") == Compression("h2o", 0.4)
+        assert compressed(name) is None
+    assert parse("random@32@0+snapkv@0.25") == ("random", 32, 0)
+    assert compressed("random@32@0+snapkv@0.25") == Compression("snapkv", 0.25)
+    for kv in ("+", "+magic", "+h2o@x", "+h2o@0", "+h2o@1.5", "+h2o@nan", "+h2o@0.4@2", "+h2o+snapkv"):
+        with pytest.raises(ValueError, match=re.escape(f"unknown KV compression in method 'dense{kv}'")):
+            parse(f"dense{kv}")
+    with pytest.raises(ValueError, match="method 'gemfilter[+]h2o': gemfilter's"):
+        parse("gemfilter+h2o")
 
 
 def test_errors():

@@ -1,0 +1,106 @@
+"""KV-cache compression after a dense or a pruned prefill: H2O and SnapKV (the paper's table 6).
+
+Each layer attends with all of its tokens; then each of its key-value heads keeps the keys and values of those that were
+looked at most. Prefill costs a little more, decoding and its memory less. Nothing is dropped while decoding (H2O's
+own code goes on there): what comes after the prompt all stays.
+
+    logits, cache = prefill(model, ids, heads, schedule, kv=Compression("h2o", 0.4))
+    cache.seqlens()  # tokens held by every head, per layer; their true positions differ from head to head
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model import attend, attention_weights
+from scorers import accumulated
+from sdtp import keep_count
+
+WINDOW, POOL = 32, 7  # SnapKV's, with the maximum over neighbours, as in its LongBench runs
+METHODS = ("h2o", "snapkv")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How many tokens of a prompt each head keeps, and which.
+
+    keep: share of the prompt's N tokens, those that a schedule has dropped included: where pruning leaves fewer,
+    nothing more goes, so that the same keep is the same memory with and without pruning.
+    h2o (Zhang et al. 2023, arXiv 2306.14048): half of them the most recent, the others those with the most attention
+    from all queries. snapkv (Li et al. 2024, arXiv 2404.14469): the last 32, however small keep is, and those with the
+    most attention from these, maximum over 7 neighbours. Query heads of a group share their keys: their attention is
+    summed. ValueError for another method, or a keep out of (0, 1].
+    """
+
+    method: str
+    keep: float = 0.4  # the paper's
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"--kv {self.method}: choose {', '.join(METHODS)}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"--kv_keep {self.keep}: a number above 0 and at most 1 is needed")
+
+    def count(self, n):
+        """Tokens of a prompt of n that each head holds, where as many are alive."""
+        return keep_count(n, self.keep, WINDOW if self.method == "snapkv" else 0)
+
+    def held(self, alive, n):
+        """Tokens of a prompt of n that each head holds per layer, from those alive per layer."""
+        return [min(count, self.count(n)) for count in alive]
+
+    def attend(self, cache, prompt_lens):
+        """model.attend of one layer's prefill, which then puts into that layer's empty LayerCache what is kept.
+
+        prompt_lens: tokens of each prompt, dropped ones included. ValueError for a layer with a sliding window: it
+        goes by position, and the cache has one for all heads: here the latest of them, which is enough to be causal.
+        """
+
+        def attend_and_keep(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+            if window is not None:
+                raise ValueError(f"--kv {self.method}: not for a model with a sliding window ({window} positions)")
+            parts = zip(q.split(seqlens), k.split(seqlens), v.split(seqlens), positions.split(seqlens), prompt_lens)
+            kept = []
+            for q_rows, k_rows, v_rows, p, n in parts:
+                rows = self.select(q_rows, k_rows, p, n)  # (m, Hkv)
+                kept.append((*(t.take_along_dim(rows[..., None], 0) for t in (k_rows, v_rows)), p[rows].amax(1)))
+            cache.append(*map(torch.cat, zip(*kept)), [len(p) for _, _, p in kept])
+            return attend(q, k, v, positions, k_positions, seqlens, k_seqlens)
+
+        return attend_and_keep
+
+    def select(self, q, k, positions, n):
+        """The rows of one sequence that each head keeps, ascending, (m, Hkv); of equal scores the later.
+
+        q: (T, Hq, D), k: (T, Hkv, D), positions: (T,) of the tokens alive of a prompt of n.
+        """
+        T, heads = k.shape[:2]
+        count, everything = self.count(n), torch.arange(T, device=k.device).expand(heads, T)
+        if T <= count:
+            return everything.T
+        if self.method == "h2o":
+            recent = (count + 1) // 2
+            scores = accumulated(q, k, positions)[:, : T - recent]
+        else:
+            recent = WINDOW
+            seen = attention_weights(q[-recent:], k, positions[-recent:], positions)[..., :-recent].sum(1)
+            scores = F.max_pool1d(seen.unflatten(0, (heads, -1)).sum(1), POOL, stride=1, padding=POOL // 2)
+        order = scores.flip(1).argsort(descending=True, stable=True)[:, : count - recent]
+        return torch.cat((T - recent - 1 - order, everything[:, T - recent :]), 1).sort().values.T
+
+    def flops(self, config, alive, n):
+        """FLOPs of the scores of one prompt of n, all layers: causal products of queries and keys once more."""
+        pairs = sum(
+            (t * (t + 1) // 2 if self.method == "h2o" else WINDOW * t - WINDOW * (WINDOW - 1) // 2)
+            for t in alive
+            if t > self.count(n)
+        )
+        return 2 * config.head_dim * config.num_attention_heads * pairs
+
+
+def compression(config):
+    """The Compression of a script's --kv and --kv_keep, or None."""
+    if config.kv_keep and not config.kv:
+        raise ValueError(f"--kv_keep {config.kv_keep}: give --kv too: {' or '.join(METHODS)}")
+    return Compression(config.kv, config.kv_keep or Compression.keep) if config.kv else None
