@@ -26,10 +26,13 @@ from model import KVCache
 from sdtp import prefill
 
 try:
+    import lm_eval.evaluator
+    import lm_eval.tasks
     from datasets import Dataset
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -38,7 +41,10 @@ except ImportError as error:
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that we overwrite on purpose
 
-LOCAL = {"boolq": "boolq_val.jsonl", "piqa": "piqa_valid.jsonl"}  # and piqa_valid-labels.lst
+LOCAL = {  # the harness's definition, and the file of rows in --data_dir; PIQA's labels are in piqa_valid-labels.lst
+    "boolq": ("super_glue/boolq/default.yaml", "boolq_val.jsonl"),
+    "piqa": ("piqa/piqa.yaml", "piqa_valid.jsonl"),
+}
 
 
 # ---------------------------------------------------------------------------- running a batch
@@ -190,7 +196,7 @@ class HarnessLM(TemplateLM):
 
 def local_rows(folder, name):
     """The rows of boolq or piqa from its own validation file, with the hub's fields. FileNotFoundError or ValueError names the file."""
-    path = Path(folder) / LOCAL[name]
+    path = Path(folder) / LOCAL[name][1]
     try:
         rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
         if name == "boolq":  # BoolQ's own file has answer: true, SuperGLUE's label: true, exports of the hub "True"
@@ -204,40 +210,47 @@ def local_rows(folder, name):
         raise ValueError(f"{path} does not hold the rows of {name}: {error}") from None
 
 
-def load_tasks(names, data_dir=""):
+def load_tasks(names, data_dir="", num_fewshot=0):
     """{name: the harness's task}; data_dir: a folder of local files in place of the hub. ValueError for what cannot be run."""
-    manager = TaskManager()
-    unknown = [name for name in names if name not in (LOCAL if data_dir else manager.all_tasks)]
-    if unknown:
-        known = f"--data_dir has {' and '.join(LOCAL)}" if data_dir else "choose ppl, needle or tasks of lm-eval"
-        raise ValueError(f"--tasks {unknown[0]}: {known}")
-    specs = [local_task(manager.task_index[name].yaml_path, name, data_dir) if data_dir else name for name in names]
-    tasks = manager.load(specs)["tasks"]
+    if data_dir:
+        if unknown := [name for name in names if name not in LOCAL]:
+            raise ValueError(f"--tasks {unknown[0]}: --data_dir has {' and '.join(LOCAL)}")
+        tasks = {name: local_task(name, data_dir) for name in names}
+    else:
+        manager = TaskManager()
+        if unknown := [name for name in names if name not in manager.all_tasks]:
+            raise ValueError(f"--tasks {unknown[0]}: choose ppl, needle or tasks of lm-eval")
+        tasks = manager.load(names)["tasks"]
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             raise ValueError(f"--tasks {name}: whole texts are scored, there is no prompt to prune")
+        if task.get_config("num_fewshot") != 0:  # a task that says 0 itself has its shots in the prompt
+            task.set_config("num_fewshot", num_fewshot)
     return tasks
 
 
-def local_task(path, name, data_dir):
-    """A task's yaml with local rows; shots are other rows of the same file."""
-    rows = local_rows(data_dir, name)
+def local_task(name, data_dir):
+    """The harness's own task with local rows; shots are other rows of the same file."""
+    rows, config = local_rows(data_dir, name), load_yaml(Path(lm_eval.tasks.__file__).parent / LOCAL[name][0])
     # the harness leaves a row out of its own shots where these come from the split that it calls test
     splits = {"training_split": None, **dict.fromkeys(("validation_split", "fewshot_split", "test_split"), "rows")}
-    return {**load_yaml(path), **splits, "custom_dataset": lambda **_: {"rows": Dataset.from_list(rows)}}
+    config |= {**splits, "tag": None, "custom_dataset": lambda **_: {"rows": Dataset.from_list(rows)}}
+    return ConfigurableTask(config=config)
 
 
-def samples(task, lm, num_fewshot, limit):
+def samples(name, task, lm, limit):
     """(metric, its value for each document as results for compare(), {metric: value over all}) by the method that answers."""
-    got = simple_evaluate(lm, tasks=[task], num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0)
-    ((name, found),) = got["samples"].items()
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as the harness's own command: each method gets the same shots
+    # not its simple_evaluate, which asks pip and the machine for their details at every call
+    got = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+    found = got["samples"][name]
     metric = next(m for m in ("acc", "exact_match", *found[0]["metrics"]) if m in found[0])
     values = [{"value": s[metric], "count": 1} for s in found if s["filter"] == found[0]["filter"]]
     whole = {m.removesuffix(",none"): v for m, v in got["results"][name].items() if "," in m and isinstance(v, float)}
     return metric, values, whole
 
 
-def task_rows(name, task, lm, num_fewshot=0, limit=None):
+def task_rows(name, task, lm, limit=None):
     """One flat row per method and budget, dense first; all methods answer the same documents.
 
     score: mean over documents of `metric`, acc where the task has it; diff = score - dense's, with its interval low, high;
@@ -247,7 +260,7 @@ def task_rows(name, task, lm, num_fewshot=0, limit=None):
     answered, todo = {}, [lm.which]
     while todo:
         lm.which = todo.pop()
-        answered[lm.which] = samples(task, lm, num_fewshot, limit)  # the first call runs all methods
+        answered[lm.which] = samples(name, task, lm, limit)  # the first call runs all methods
         todo = [which for which in lm.found if which not in answered]
     lens, rows = [len(e.prompt) for e in lm.examples], []
     for (keep, method), found in lm.found.items():
@@ -259,7 +272,7 @@ def task_rows(name, task, lm, num_fewshot=0, limit=None):
             "task": name,
             "method": method,
             "keep": keep,
-            "num_fewshot": num_fewshot,
+            "num_fewshot": task.get_config("num_fewshot"),
             "documents": len(values),
             "metric": metric,
             "score": sum(v["value"] for v in values) / len(values),
@@ -315,7 +328,7 @@ def check(config, methods):
         raise ValueError(
             "method teacher ranks by the loss of one response: these tasks have several, choose other --methods"
         )
-    return load_tasks(config.tasks.split(","), config.data_dir)
+    return load_tasks(config.tasks.split(","), config.data_dir, config.num_fewshot)
 
 
 def run(config, tasks, make_lm):
@@ -324,8 +337,8 @@ def run(config, tasks, make_lm):
     note = f" ({source}, never the one asked; not the paper's shots)" * bool(config.num_fewshot)
     rows = []
     for name, task in tasks.items():
-        new = task_rows(name, task, make_lm(), config.num_fewshot, config.limit or None)
-        print(f"{name}, {config.num_fewshot} shots{note}")
+        new = task_rows(name, task, make_lm(), config.limit or None)
+        print(f"{name}, {task.get_config('num_fewshot')} shots{note}")
         print_table(new)
         rows += new
         cli.write_rows(config.json, rows, source=config.data_dir or "hub", seed=config.seed)  # so far
