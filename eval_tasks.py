@@ -4,6 +4,7 @@ python eval_tasks.py --text FILE.txt                       # perplexity: windows
 python eval_tasks.py --data FILE.jsonl --keep 0.9,0.8      # held-out rows in Dolly's fields, at two budgets
 python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # KV compression, the paper's table 6
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
+python eval_tasks.py --tasks boolq,piqa --methods dense,sdtp   # tasks of lm-evaluation-harness: see eval_harness.py
 
 All methods of a table execute the same prefill FLOPs at the median prompt. --rows FILE.jsonl keeps what every prompt
 gave: a killed run goes on, and a method can be added later to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 %
@@ -69,14 +70,16 @@ MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a 
 class EvalConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: heads/CKPT)
-    tasks: str = "ppl"  # ppl or needle
+    tasks: str = "ppl"  # ppl, needle, or tasks of lm-evaluation-harness with commas
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
     methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at 2, NAME+h2o@0.4 40 % of KV
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
-    limit: int = 64  # prompts at most (needle: of each length)
+    data_dir: str = ""  # harness: folder of boolq_val.jsonl, piqa_valid.jsonl, piqa_valid-labels.lst (default: the hub)
+    num_fewshot: int = 0  # harness: examples before each question
+    limit: int = 0  # prompts at most, needle: of each length (0: 64), harness: questions of each task (0: all)
     lengths: str = "1024,2048,4096"  # needle: tokens of a prompt
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
     score_len: int = 128  # tokens scored after it (rows: at most, lest a few that repeat their prompt outweigh all)
@@ -567,24 +570,31 @@ def load(source, config, tokenizer):
 
 def main():
     config = cli.parse(EvalConfig, __doc__)
-    if config.tasks not in ("ppl", "needle"):
-        raise ValueError(f"--tasks {config.tasks}: choose ppl or needle")
-    if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
-        raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
-    if config.tasks == "needle" and config.figure:
-        raise ValueError("--figure draws perplexities: leave it out with --tasks needle")
-    cli.at_least(1, config, "limit", "prompt_len", "score_len", "batch_size")
+    harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
+    cli.at_least(0, config, "limit", "num_fewshot")
+    cli.at_least(1, config, "prompt_len", "score_len", "batch_size")
+    if config.figure and config.tasks != "ppl":
+        raise ValueError(f"--figure draws perplexities: leave it out with --tasks {config.tasks}")
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
-    methods = config.methods.split(",")
     needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
+    if harness:
+        import eval_harness  # needs lm-eval, as nothing else here does
+
+        tasks = eval_harness.check(config, methods)
+    elif config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
+        raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
     model, folder = cli.load_model(config)
     tokenizer, rows = Tokenizer(folder), []
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
     names = ("teacher", "label_loss", "seed", "batch_size", "rows")
     settings = {name: getattr(config, name) for name in names} | {"keeps": keeps}
     if any(parse(method)[0] == "sdtp_adaptive" for method in methods):
-        training, _ = load(config.data or {"ppl": "pydoc", "needle": "made"}[config.tasks], config, tokenizer)
+        training, _ = load(config.data or {"needle": "made"}.get(config.tasks, "pydoc"), config, tokenizer)
         settings["training"] = [e.prompt for e in training[:CALIBRATION_PROMPTS]]
+    if harness:
+        make_lm = partial(eval_harness.HarnessLM, model, tokenizer, methods, schedule, heads, **settings)
+        return eval_harness.run(config, tasks, make_lm)
+    config.limit = config.limit or 64
     sets = prompts(config, tokenizer)
     longest = max((len(e.prompt) + len(e.response) for examples in sets.values() for e in examples), default=1)
     model.positions([longest + MORE_TOKENS * (config.tasks == "needle")])  # refuses one that is too long now

@@ -103,7 +103,9 @@ class Schedule(dict):
     def mean_share(self):
         """Share of a long prompt alive, mean over the layers: what linear FLOPs go by. The last tenth always is."""
         ends = [*list(self)[1:], self.num_hidden_layers]
-        alive = min(self) + sum(max(share, LAST_SHARE) * (end - layer) for (layer, share), end in zip(self.items(), ends))
+        alive = min(self) + sum(
+            max(share, LAST_SHARE) * (end - layer) for (layer, share), end in zip(self.items(), ends)
+        )
         return alive / self.num_hidden_layers
 
     def fitted(self, cost, budget):
@@ -235,7 +237,13 @@ class PruneHead(nn.Module):
         self.options = {
             "divisor": divisor, "norm": norm, "position": position, "matches": matches, "attention": attention,
         }  # fmt: skip
-        self.norm, self.position, self.matches, self.attention, self.dropout = norm, position, matches, attention, dropout
+        self.norm, self.position, self.matches, self.attention, self.dropout = (
+            norm,
+            position,
+            matches,
+            attention,
+            dropout,
+        )
         width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention
         self.fc1 = nn.Linear(hidden_size, width)
         self.fc2 = nn.Linear(width, 2)
@@ -286,7 +294,10 @@ class PruneHead(nn.Module):
             rows = sampled_rows(len(p)).to(x.device)
             weights = attention_weights(rotated(attention.q_proj, x[rows], p[rows]), k, p[rows], p, attention.window)
             seen = visible(p[rows], p, attention.window)
-            means = [weights[:, part].sum(1) / seen[part].sum(0).clamp(min=1) for part in (slice(-QUERIES, None), slice(None))]
+            means = [
+                weights[:, part].sum(1) / seen[part].sum(0).clamp(min=1)
+                for part in (slice(-QUERIES, None), slice(None))
+            ]
             out.append(torch.cat(means).float().T)  # (n, 2 * heads)
         return [((torch.cat(out) + 1e-5).log() + 5) / 2]
 

@@ -483,7 +483,9 @@ def draw_predictions(model, heads, examples, schedule, config, path):
         positions = torch.arange(n, device=model.device)
         free = ~is_protected(positions, n)
         for layer, x in states.items():
-            both = torch.stack((labels[layer][:n][free], heads[layer](x[:n], positions, [n], model.layers[layer])[free]))
+            both = torch.stack(
+                (labels[layer][:n][free], heads[layer](x[:n], positions, [n], model.layers[layer])[free])
+            )
             points[layer].append(both.argsort(-1).argsort(-1) / both.shape[1])
     figure, axes = plt.subplots(1, len(points), figsize=(2.4 * len(points), 2.8), sharey=True, squeeze=False)
     for axis, (layer, parts) in zip(axes[0], points.items()):

@@ -21,7 +21,9 @@ from eval_tasks import (
     perplexity, policy, score,
 )  # fmt: skip
 from kv import Compression
+from model import Transformer
 from sdtp import PruneHead, Schedule, calibrate, generate, protected_count, save_heads
+from tokenizer import Tokenizer
 
 EXAMPLES = [Example(tiny.ids(n).tolist(), tiny.ids(m, seed=n).tolist()) for n, m in ((30, 6), (41, 1), (24, 9))]
 SCHEDULE = Schedule(3, {1: 0.7, 2: 0.45})
@@ -43,6 +45,23 @@ def test_dense_score_equals_a_full_forward(fields):
         expected = [-log_probs[i - 1, ids[i]].item() for i in range(n, len(ids))]
         assert nats.tolist() == pytest.approx(expected, abs=1e-5)
         assert alive == [n] * 3 and seconds > 0
+
+
+def test_dense_perplexity_is_that_of_a_transformers_loop(tmp_path):
+    """Windows of a text through a plain loop over transformers' own model of the same folder."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.checkpoint(tmp_path / "tiny")
+    windows = data.text_windows("some words. and others here: 123! " * 20, Tokenizer(folder), 40, 9)[:6]
+    row = perplexity(Transformer.from_pretrained(folder, torch.float32), windows, [], SCHEDULE)[0]
+    reference, nats = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    for window in windows:
+        ids = torch.tensor([window.prompt + window.response])
+        labels = ids.clone()
+        labels[:, : len(window.prompt)] = -100
+        with torch.no_grad():
+            nats.append(reference(ids, labels=labels).loss.item())  # mean over the response, which is 9 tokens in all
+    assert row["scored_tokens"] == 6 * 9 and row["ppl"] == pytest.approx(math.exp(sum(nats) / 6), rel=1e-4)
 
 
 def test_rows_by_hand():
@@ -663,7 +682,8 @@ def test_script_needles(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--tasks magic", "--tasks magic: choose ppl or needle"),
+        ("", "give --text FILE or --data SOURCE"),
+        ("--text t.txt --limit -1", "--limit -1: at least 0"),
         ("--tasks needle --data dolly", "give --text FILE"),
         ("--tasks needle --text t.txt --lengths 10,x", "--lengths 10,x"),
         ("--tasks needle --text t.txt --lengths 400", "beyond the model's 64 positions"),
