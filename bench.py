@@ -394,8 +394,8 @@ def heads_seconds(model, ids, heads, schedule):
         ticks.append(-clock(model))
         return head(*args)
 
-    ended = [model.layers[layer].register_forward_pre_hook(lambda *_: ticks.append(clock(model))) for layer in schedule]
-    prefill(model, ids, {layer: partial(started, heads[layer]) for layer in schedule}, schedule)
+    ended = [model.layers[layer].register_forward_pre_hook(lambda *_: ticks.append(clock(model))) for layer in heads]
+    prefill(model, ids, {layer: partial(started, head) for layer, head in heads.items()}, schedule)
     for hook in ended:
         hook.remove()
     return sum(ticks)

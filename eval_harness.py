@@ -21,7 +21,7 @@ import torch
 import cli
 from cli import clock
 from data import Example, read_text
-from eval_tasks import compare, evaluate, flops_share, parse, timed_generate
+from eval_tasks import compare, evaluate, flops_share, kv_bytes, parse, timed_generate
 from model import KVCache
 from sdtp import prefill
 
@@ -51,7 +51,7 @@ LOCAL = {  # the harness's definition, and the file of rows in --data_dir; PIQA'
 
 
 @torch.no_grad()
-def choices_results(model, examples, rankers=None, schedule=None):
+def choices_results(model, examples, rankers=None, schedule=None, kv=None):
     """Results of a batch of Examples whose response is a list of continuations; the call of eval_tasks.run_method()'s `run`.
 
     answers: of each continuation [sum of its tokens' log-probabilities in nats, whether greedy decoding gives it];
@@ -60,8 +60,8 @@ def choices_results(model, examples, rankers=None, schedule=None):
     prompts = [torch.tensor(e.prompt, device=model.device) for e in examples]
     lens, limit = [len(p) for p in prompts], model.config.max_position_embeddings
     cache, start = KVCache(len(model.layers), extra=max(len(c) for e in examples for c in e.response)), clock(model)
-    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, lens, cache)
-    seconds, held = clock(model) - start, cache.seqlens()
+    first, cache = prefill(model, torch.cat(prompts), rankers, schedule, lens, cache, kv)
+    seconds, held, alive = clock(model) - start, cache.seqlens(), cache.alive
     answers = [[] for _ in examples]
     for turn in zip_longest(*(e.response for e in examples), fillvalue=[0]):  # [0]: this prompt has no more
         for layer, counts in zip(cache.layers, held):
@@ -78,14 +78,16 @@ def choices_results(model, examples, rankers=None, schedule=None):
             found.append([nats, torch.equal(logits.argmax(-1), ids)])
     return [
         {"answers": found[: len(e.response)], "alive": list(counts), "seconds": seconds / len(examples)}
-        for e, found, counts in zip(examples, answers, zip(*held))
+        for e, found, counts in zip(examples, answers, zip(*alive))
     ]
 
 
-def texts_results(tokenizer, stops, new_tokens, model, examples, rankers=None, schedule=None):
+def texts_results(tokenizer, stops, new_tokens, model, examples, rankers=None, schedule=None, kv=None):
     """Results of Examples by greedy decoding: text, what comes before the first stop string; the rest as choices_results()."""
     ends = ending_tokens(tokenizer, stops)
-    outputs, alive, seconds, _ = timed_generate(model, examples, new_tokens, rankers, schedule, eos_token_ids=ends)
+    outputs, alive, seconds, _ = timed_generate(
+        model, examples, new_tokens, rankers, schedule, kv=kv, eos_token_ids=ends
+    )
     return [
         {
             "text": postprocess_generated_text(tokenizer.decode(output), list(stops), None),
@@ -254,7 +256,7 @@ def task_rows(name, task, lm, limit=None):
     """One flat row per method and budget, dense first; all methods answer the same documents.
 
     score: mean over documents of `metric`, acc where the task has it; diff = score - dense's, with its interval low, high;
-    mean_alive, compression, flops_share, prefill_speedup: as in eval_tasks.table(), over the prompts; whole: all of the
+    mean_alive, compression, flops_share, kv_bytes, prefill_speedup: as in eval_tasks.table(), over the prompts; whole: all of the
     harness's metrics.
     """
     answered, todo = {}, [lm.which]
@@ -283,6 +285,7 @@ def task_rows(name, task, lm, limit=None):
             "mean_alive": mean_alive,
             "compression": 1 / mean_alive,
             "flops_share": flops_share(method, lm.model.config, lens, alive, lm.heads),
+            "kv_bytes": kv_bytes(method, lm.model, lens, alive),
             "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
             "whole": whole,
         }

@@ -91,9 +91,7 @@ class EvalConfig:
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     rows: str = ""  # .jsonl file of every prompt's results: what it holds is not computed again
     json: str = ""  # file for the table's rows
-    figure: str = (
-        ""  # ppl: .png file, what each method costs against the FLOPs it executes (give several budgets to --keep)
-    )
+    figure: str = ""  # ppl: .png file of the cost in perplexity against executed FLOPs, for several budgets
 
 
 # ---------------------------------------------------------------------------- running a batch
@@ -213,6 +211,14 @@ def flops_share(method, config, lens, alive, heads=None):
         total += filtering_flops(name, config, n) + (kv.flops(config, counts, n) if kv else 0)
         dense += sum(executed_flops(config, n, [n] * config.num_hidden_layers))
     return total / dense
+
+
+def kv_bytes(method, model, lens, alive):
+    """Bytes of keys and values that a prompt leaves, mean over prompts; the arguments of flops_share()."""
+    config, kv = model.config, compressed(method)
+    held = [kv.held(counts, n) for counts, n in zip(alive, lens)] if kv else alive  # as prefill has checked
+    token = 2 * config.num_key_value_heads * config.head_dim * model.norm.weight.dtype.itemsize  # of one layer
+    return token * sum(map(sum, held)) / len(lens)
 
 
 def policy(method, config, schedule, heads, n, keep=0.0):
@@ -449,13 +455,10 @@ def table(results, model, examples, heads, difference):
     prefill_speedup: median over prompts of dense seconds / method's seconds, filtering passes aside; at_floor: share
     of the examples of which only the protected tokens are left at the last layer.
     """
-    lens, rows, config = [len(e.prompt) for e in examples], [], model.config
-    token_bytes = 2 * config.num_key_value_heads * config.head_dim * model.norm.weight.dtype.itemsize  # of one layer
+    lens, rows = [len(e.prompt) for e in examples], []
     for (keep, method), found in results.items():
         alive, dense = [r["alive"] for r in found], results[keep, "dense"]
         mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
-        kv = compressed(method)
-        held = [kv.held(counts, n) for counts, n in zip(alive, lens)] if kv else alive  # as prefill has checked
         row = {
             "method": method,
             "keep": keep,
@@ -464,8 +467,8 @@ def table(results, model, examples, heads, difference):
             "value": sum(r["value"] for r in found) / sum(r["count"] for r in found),
             "mean_alive": mean_alive,
             "compression": 1 / mean_alive,
-            "flops_share": flops_share(method, config, lens, alive, heads),
-            "kv_bytes": token_bytes * sum(map(sum, held)) / len(lens),
+            "flops_share": flops_share(method, model.config, lens, alive, heads),
+            "kv_bytes": kv_bytes(method, model, lens, alive),
             "at_floor": sum(a[-1] == protected_count(n) for a, n in zip(alive, lens)) / len(lens),
             "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
         }
@@ -538,10 +541,9 @@ def draw(rows, path):
         (line,) = axis.plot(x, y, marker="o", label=method)
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     axis.axhline(0, color="gray", linewidth=0.8)
+    mean = rows[0]["prompt_tokens"] / rows[0]["prompts"]
+    axis.set(title=f"{rows[0]['prompts']} prompts of {mean:.0f} tokens on average")
     axis.set(xlabel="executed prefill FLOPs, % of dense", ylabel="PPL difference, %")
-    axis.set(
-        title=f"{rows[0]['prompts']} prompts of {rows[0]['prompt_tokens'] / rows[0]['prompts']:.0f} tokens on average"
-    )
     axis.legend()
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
