@@ -545,19 +545,19 @@ def saved(tmp_path):
 
 
 def test_with_ratio():
-    """The stages and the span stay, the mean share alive is that of the paper's stages at the new ratio."""
+    """The stages and the span stay, the mean share alive is that of the paper's stages at the new ratio; a tenth always is."""
     pruned = Schedule(30).with_ratio(0.8)
     assert list(pruned) == list(Schedule(30)) and list(pruned.values()) == pytest.approx([0.8**s for s in range(1, 10)])
     for ratio in (1.0, 0.9, 0.5):
         mean = sum(
-            Schedule(30, ratio=ratio)[max(s for s in Schedule(30) if s <= l)] if l >= 4 else 1 for l in range(30)
+            max(0.1, Schedule(30, ratio=ratio)[max(s for s in Schedule(30) if s <= l)]) if l >= 4 else 1
+            for l in range(30)
         )
         for shares in ({4: 0.5}, {0: 0.9, 10: 0.4}, {2: 0.7, 3: 0.7, 29: 0.1}):
             other = Schedule(30, shares, span=8).with_ratio(ratio)
             assert list(other) == list(shares) and other.span == 8 and other.num_hidden_layers == 30
             assert other.mean_share() == pytest.approx(mean / 30)
-            if min(other.values()) > 0.11:  # above what is protected
-                assert sum(other.alive(10**6)) / 30 / 10**6 == pytest.approx(mean / 30, rel=1e-4)
+            assert sum(other.alive(10**6)) / 30 / 10**6 == pytest.approx(mean / 30, rel=1e-4)
 
 
 def test_fitted():
@@ -575,9 +575,11 @@ def test_fitted():
 def test_fitted_out_of_reach():
     """Stages that begin too late for a cost are refused by name, not run at another."""
     share = Schedule.mean_share
-    assert Schedule(30, {15: 0.5}).fitted(share, 0.51).mean_share() == pytest.approx(0.51)
-    with pytest.raises(ValueError, match="layers .15. cannot cost as little as 0.475"):
-        Schedule(30, {15: 0.5}).fitted(share, 0.475)
+    assert Schedule(30, {15: 0.5}).fitted(share, 0.56).mean_share() == pytest.approx(
+        0.56
+    )  # the last tenth is always alive
+    with pytest.raises(ValueError, match="layers .15. cannot cost as little as 0.540"):
+        Schedule(30, {15: 0.5}).fitted(share, 0.54)
 
 
 def test_paper_stages():

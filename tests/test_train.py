@@ -512,7 +512,8 @@ def test_recipes(world, monkeypatch, recipe):
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
-        assert meta["head"] == {"divisor": 4, "norm": False, "position": False, "matches": 0} and meta["span"] == 1
+        bare = {"norm": False, "position": False, "matches": 0, "attention": 0}
+        assert meta["head"] == {"divisor": 4, **bare} and meta["span"] == 1
         assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
         assert not (world / "recipe" / "labels").exists()
@@ -546,7 +547,7 @@ def test_imitation_reads_dense_states_of_prompts_alone():
     for start, n in ((0, 20), (26, 30)):
         free = range(4, n - keep_count(n, 0.1))
         for layer, head in heads.items():
-            score = head(states[layer][start : start + n], torch.arange(n), [n]).detach()
+            score = head(states[layer][start : start + n], torch.arange(n), [n], model.layers[layer]).detach()
             spans = sorted({p // 4 for p in free})
             members = [[p for p in free if p // 4 == s] for s in spans]
             means = torch.stack([score[m].mean() for m in members])
@@ -669,17 +670,16 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
     )
 
 
-@pytest.mark.parametrize("depth, layers", [(30, [4, 24]), (32, [4, 26]), (3, [0, 2])])
+@pytest.mark.parametrize("depth, layers", [(30, [4, 24]), (32, [4, 26]), (28, [4, 22])])
 def test_default_schedule(depth, layers):
-    """Two stages, early and late, with the compute of the paper's at --ratio, their shares one power of those written down."""
+    """Two stages, the late one down to the protected tokens, together with the compute of the paper's at --ratio."""
     for ratio in (0.9, 0.8):
         schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3), depth)
         assert list(schedule) == layers and schedule.span == 3
         paper = [ratio ** len([s for s in range(min(4, depth - 1), depth, 3) if s <= i][:10]) for i in range(depth)]
         early, late = schedule.values()
-        total = layers[0] + early * (layers[1] - layers[0]) + late * (depth - layers[1])
-        assert total == pytest.approx(sum(paper))
-        assert math.log(early) / math.log(late) == pytest.approx(math.log(0.75) / math.log(0.2))
+        total = layers[0] + early * (layers[1] - layers[0]) + 0.1 * (depth - layers[1])
+        assert late == 0 and total == pytest.approx(sum(paper))
 
 
 @pytest.mark.parametrize("depth", [30, 32, 8])
