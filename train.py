@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from download import DEFAULT
 from eval_tasks import METHODS, perplexity, print_table
 from model import read_json, visible
 from sdtp import (
-    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, fingerprint, is_protected, pool,
+    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, pool,
     protected_count, save_heads, span_means, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -693,7 +694,11 @@ def main():
     )
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
-    print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
+    n = int(statistics.median(len(e.prompt) for e in held_out))
+    *rest, scoring = executed_flops(model.config, n, schedule.alive(n), heads)
+    share = scoring / (sum(rest) + scoring)
+    print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
+    print(f"now {len(held_out)} held-out prompts", flush=True)
     settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
     rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
     print_table(rows)

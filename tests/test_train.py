@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -498,7 +499,7 @@ def test_run_writes_everything(world):
 
 
 @pytest.mark.parametrize("recipe", [[], ["--paper"]], ids=["ours", "paper"])
-def test_recipes(world, monkeypatch, recipe):
+def test_recipes(world, monkeypatch, capsys, recipe):
     """The default trains by imitation alone, each prompt marked once for all epochs; --paper by the paper's losses on its heads."""
     flags = (
         f"--ckpt {world}/tiny --data {world}/text.txt --out_dir {world}/recipe --dtype float32 --first_layer 1 --step 1"
@@ -508,6 +509,8 @@ def test_recipes(world, monkeypatch, recipe):
     monkeypatch.setattr(saliency, "mark", lambda model, ids, *rest: marked.append(len(ids)) or mark(model, ids, *rest))
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), *recipe])
     cli.run(train.main)
+    found = re.search(r"recipe/heads, ([\d.]+)% of the FLOPs of a pruned prefill of 30 tokens", capsys.readouterr().out)
+    assert 0 < float(found[1]) < 100
     log = [json.loads(line) for line in (world / "recipe" / "log.jsonl").read_text().splitlines()]
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
