@@ -66,6 +66,7 @@ class TrainConfig:
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list
+    list_span: int = 8  # tokens of a span in L_list: finer than --span teaches more
     list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
     lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 0.0  # weight of L_mse
@@ -257,7 +258,7 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
                 continue
             score = pi_row[:, 0] - pi_row[:, 1]
             if config.list_weight:
-                means = (span_means(values, positions, schedule.span)[0] for values in (score, label))
+                means = (span_means(values, positions, config.list_span)[0] for values in (score, label))
                 terms["list"].append(list_loss(*means, config.list_power) * len(logits))
             if config.mse_weight:
                 terms["mse"].append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
@@ -610,6 +611,7 @@ def check_flags(config):
         "score_len",
         "eval_prompts",
         "span",
+        "list_span",
         "divisor",
     )
     cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies")
