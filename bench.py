@@ -387,7 +387,7 @@ def work(model, ids, heads=None, schedule=None, kv=None):
 
 
 def heads_seconds(model, ids, heads, schedule):
-    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather."""
+    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather there."""
     ticks = []
 
     def started(head, *args):

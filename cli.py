@@ -133,7 +133,7 @@ def describe(model, ckpt, place):
     """Print what runs, and note it in ORIGIN."""
     dtype, window = model.norm.weight.dtype, model.config.sliding_window
     name, reason = attention_backend(model.device, dtype, window)
-    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=str(dtype).removeprefix("torch."), attention=name)
+    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=str(dtype).removeprefix("torch."), attention_backend=name)
     count = sum(p.numel() for p in model.parameters())
     print(f"{place}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
 

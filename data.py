@@ -102,8 +102,9 @@ def crowded(rows, seed=0):
     draw, rows = random.Random(seed), [row for row in rows if row["context"].strip()]
     for row in rows:
         others = draw.sample(rows, min(len(rows), draw.randint(1, 3)))
-        parts = [other["context"].strip() for other in others if other is not row]
-        parts.insert(draw.randint(0, len(parts)), row["context"].strip())
+        own = row["context"].strip()
+        parts = [context for context in (other["context"].strip() for other in others) if context != own]
+        parts.insert(draw.randint(0, len(parts)), own)
         yield row | {"context": "\n\n".join(parts)}
 
 

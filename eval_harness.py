@@ -150,6 +150,10 @@ class HarnessLM(TemplateLM):
 
     def cut(self, context, continuation):
         """(context, continuation) as tuples of ids, of which a context too long for the model loses its beginning."""
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"a choice of {len(continuation)} tokens is beyond the model's {self.max_length} positions"
+            )
         ids = (context + continuation)[-self.max_length - 1 :]  # the last token is not fed
         return tuple(ids[: len(ids) - len(continuation)]), tuple(continuation)
 
@@ -226,7 +230,7 @@ def load_tasks(names, data_dir="", num_fewshot=0):
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             raise ValueError(f"--tasks {name}: whole texts are scored, there is no prompt to prune")
-        if task.get_config("num_fewshot") != 0:  # a task that says 0 itself has its shots in the prompt
+        if num_fewshot >= 0 and task.get_config("num_fewshot") != 0:  # a task that says 0 has its shots in the prompt
             task.set_config("num_fewshot", num_fewshot)
     return tasks
 
@@ -247,6 +251,8 @@ def samples(name, task, lm, limit):
     got = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     found = got["samples"][name]
     metric = next(m for m in ("acc", "exact_match", *found[0]["metrics"]) if m in found[0])
+    if not isinstance(found[0][metric], (int, float)):
+        raise ValueError(f"--tasks {name}: its {metric} is no mean over documents, which is all that is compared here")
     values = [{"value": s[metric], "count": 1} for s in found if s["filter"] == found[0]["filter"]]
     whole = {m.removesuffix(",none"): v for m, v in got["results"][name].items() if "," in m and isinstance(v, float)}
     return metric, values, whole
@@ -337,7 +343,7 @@ def check(config, methods):
 def run(config, tasks, make_lm):
     """Tables of all methods, task by task; make_lm: the HarnessLM of a task."""
     source = f"rows of the validation file in {config.data_dir}" if config.data_dir else "drawn by the harness"
-    note = f" ({source}, never the one asked; not the paper's shots)" * bool(config.num_fewshot)
+    note = f" ({source}, never the one asked; not the paper's shots)" * (config.num_fewshot > 0)
     rows = []
     for name, task in tasks.items():
         new = task_rows(name, task, make_lm(), config.limit or None)

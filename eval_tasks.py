@@ -17,7 +17,7 @@ import math
 import os
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -78,7 +78,7 @@ class EvalConfig:
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
     data_dir: str = ""  # harness: folder of boolq_val.jsonl, piqa_valid.jsonl, piqa_valid-labels.lst (default: the hub)
-    num_fewshot: int = 0  # harness: examples before each question
+    num_fewshot: int = -1  # harness: examples before each question (-1: the task's own number)
     limit: int = 0  # prompts at most, needle: of each length (0: 64), harness: questions of each task (0: all)
     lengths: str = "1024,2048,4096"  # needle: tokens of a prompt
     prompt_len: int = 1024  # text: tokens of a prompt, which are pruned
@@ -179,9 +179,9 @@ def parse(method):
 def compressed(method):
     """The Compression of METHOD+h2o, METHOD+h2o@0.2 or +snapkv, or None. ValueError for any other."""
     _, plus, kv = method.partition("+")
-    kind, _, keep = kv.partition("@")
+    kind, at, keep = kv.partition("@")
     try:
-        return Compression(kind, float(keep or Compression.keep)) if plus else None
+        return Compression(kind, float(keep) if at else Compression.keep) if plus else None
     except ValueError:
         forms = "+h2o and +snapkv keep 40 % of the KV cache, +h2o@0.2 20 %"
         raise ValueError(f"unknown KV compression in method {method!r} ({forms})") from None
@@ -360,7 +360,7 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
 
 
 def result_keys(task, model, examples, plan, heads, seed, labels):
-    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else."""
+    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
     own = dict.fromkeys(WITH_HEADS, heads and hashlib.sha256(heads_bytes(heads)).hexdigest())
     own |= {"random": seed, "teacher": labels}
@@ -370,9 +370,12 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
         for example in examples:
             n = len(example.prompt)
             kept = stages and [[layer, alive_count(n, share)] for layer, share in stages.items()]
-            kept = stages and [stages.span, stages.drop_mass if stages.adaptive else kept]
-            parts = json.dumps([*base, example, name, kept, own.get(name), *([asdict(kv)] if kv else [])])
-            keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest())
+            if stages and stages.adaptive:
+                kept = stages.drop_mass | {layer: 0.0 for layer, share in stages.items() if not share}
+            kept = stages and [stages.span, kept]
+            parts = json.dumps([*base, example, name, kept, own.get(name)])
+            compression = f"+{kv.method}@{kv.keep}" if kv else ""
+            keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + compression)
     return keys
 
 
@@ -382,7 +385,7 @@ def evaluate(
 ):  # fmt: skip
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 
-    run: perplexity_results, or needle_results of a tokenizer; task: its name, in the keys of the file `rows` (see
+    run: perplexity_results, needle_results of a tokenizer, or eval_harness's; task: its name, in the keys of the file `rows` (see
     Results); methods, keeps, and errors: see policies(); training: prompts, lists of ids, to calibrate sdtp_adaptive on.
     """
     plan = policies(model.config, examples, methods, schedule, heads, keeps)
@@ -453,7 +456,7 @@ def table(results, model, examples, heads, difference):
     over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp. mean_alive: share of the prompt alive, mean over
     layers; compression: its inverse (the paper's 1/tau); flops_share: see flops_share(); kv_bytes: mean over prompts;
     prefill_speedup: median over prompts of dense seconds / method's seconds, filtering passes aside; at_floor: share
-    of the examples of which only the protected tokens are left at the last layer.
+    of the examples of which the first stage leaves the protected tokens alone.
     """
     lens, rows = [len(e.prompt) for e in examples], []
     for (keep, method), found in results.items():
@@ -469,7 +472,7 @@ def table(results, model, examples, heads, difference):
             "compression": 1 / mean_alive,
             "flops_share": flops_share(method, model.config, lens, alive, heads),
             "kv_bytes": kv_bytes(method, model, lens, alive),
-            "at_floor": sum(a[-1] == protected_count(n) for a, n in zip(alive, lens)) / len(lens),
+            "at_floor": sum({*a} - {n} == {protected_count(n)} for a, n in zip(alive, lens)) / len(lens),
             "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
         }
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
@@ -573,10 +576,15 @@ def load(source, config, tokenizer):
 def main():
     config = cli.parse(EvalConfig, __doc__)
     harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
-    cli.at_least(0, config, "limit", "num_fewshot")
+    cli.at_least(0, config, "limit")
+    cli.at_least(-1, config, "num_fewshot")
     cli.at_least(1, config, "prompt_len", "score_len", "batch_size")
     if config.figure and config.tasks != "ppl":
         raise ValueError(f"--figure draws perplexities: leave it out with --tasks {config.tasks}")
+    if not harness and (config.data_dir or config.num_fewshot > 0):
+        raise ValueError(
+            f"--data_dir and --num_fewshot are for tasks of lm-eval: leave them out with --tasks {config.tasks}"
+        )
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
     if harness:

@@ -72,7 +72,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
         "tokens_per_s": (len(new) - 1) / seconds if seconds else 0.0,
         "kv_bytes": cache.nbytes(),
     }
-    floor = schedule and alive[-1] == protected_count(len(ids))
+    floor = schedule and alive[min(schedule)] == protected_count(len(ids))
     print(
         f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}"
         + " (the floor: protected tokens only)" * bool(floor)

@@ -91,7 +91,7 @@ class Schedule(dict):
                 )
             previous = share
         masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
-        if (masses or adaptive) and not (list(masses) == self.scored() and right):
+        if (masses or adaptive) and not (sorted(masses) == self.scored() and right):
             raise ValueError(
                 f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {self.scored()}, not {masses}; calibrate() finds it"
             )
@@ -111,16 +111,20 @@ class Schedule(dict):
     def fitted(self, cost, budget):
         """A Schedule of the same stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
 
-        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A budget above all
-        tokens' cost gives shares of 1; ValueError where no power is as cheap: below the first stage everything is alive.
+        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays, but where
+        that alone costs less than the budget, such stages are left out. A budget above all tokens' cost gives shares of 1;
+        ValueError where no power is as cheap: below the first stage everything is alive.
         """
 
         def powered(power):
-            shares = {layer: share**power for layer, share in self.items()}
+            shares = {layer: share and share**power for layer, share in self.items()}
             return Schedule(self.num_hidden_layers, shares, span=self.span)
 
         if cost(self) == budget:
             return self
+        scored = {layer: self[layer] for layer in self.scored()}
+        if 0 < len(scored) < len(self) and cost(powered(0)) < budget:
+            return Schedule(self.num_hidden_layers, scored, span=self.span).fitted(cost, budget)
         low, high = 0.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -237,13 +241,8 @@ class PruneHead(nn.Module):
         self.options = {
             "divisor": divisor, "norm": norm, "position": position, "matches": matches, "attention": attention,
         }  # fmt: skip
-        self.norm, self.position, self.matches, self.attention, self.dropout = (
-            norm,
-            position,
-            matches,
-            attention,
-            dropout,
-        )
+        self.norm, self.position, self.matches = norm, position, matches
+        self.attention, self.dropout = attention, dropout
         width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention
         self.fc1 = nn.Linear(hidden_size, width)
         self.fc2 = nn.Linear(width, 2)
@@ -458,8 +457,8 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     scorers, schedule = scorers or {}, schedule or {}
-    if bool(scorers) != bool(schedule) or schedule and not set(schedule.scored()) <= scorers.keys():
-        raise ValueError("pruning needs both: a schedule, and a scorer for each of its layers")
+    if scorers and not schedule or schedule and not set(schedule.scored()) <= scorers.keys():
+        raise ValueError("pruning needs both: a schedule, and a scorer for each of its stages with a share above 0")
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")

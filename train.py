@@ -539,7 +539,7 @@ def train_step(model, heads, optimizer, batches, schedule, config):
         raise ValueError(f"the loss is {record['loss']} ({record}): lower --lr, or look at --tau and the weights")
     record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters(heads).values(), config.grad_clip).item()
     optimizer.step()
-    return record | ({"alive": record[f"alive_{max(alive)}"]} if alive else {})
+    return record | ({"alive": record[f"alive_{max(heads)}"]} if alive else {})
 
 
 def train(model, heads, examples, schedule, config):
@@ -619,6 +619,8 @@ def check_flags(config):
         raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
     if config.distill and not config.lm_weight:
         raise ValueError("--distill goes by --lm_weight, which is 0")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"--dropout {config.dropout}: at least 0 and below 1 is needed")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
 
@@ -676,6 +678,12 @@ def main():
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly,pydoc,made")
     model, folder = cli.load_model(config)
     schedule = make_schedule(config, len(model.layers))
+    if not schedule.scored():
+        raise ValueError(f"--shares {config.shares}: no stage with a share above 0, so there is no head to train")
+    if len(schedule.scored()) > 1 and config.lm_weight and (config.attention or config.matches):
+        raise ValueError(
+            "--lm_weight with several stages: give --no-attention --matches 0, as these heads would see masked tokens"
+        )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model, config) for layer in schedule.scored()}

@@ -17,6 +17,7 @@ import eval_tasks
 from data import Example
 from eval_harness import HarnessLM, choices_results, load_tasks, local_rows, samples, task_rows
 from eval_tasks import Results, policy, score
+from kv import Compression
 from model import Transformer
 from sdtp import PruneHead, Schedule, generate, save_heads
 from tokenizer import Tokenizer
@@ -108,11 +109,15 @@ def test_pruned_choices_are_scored_exactly():
     examples = [
         Example(p, [tiny.ids(m, seed=n).tolist() for n, m in enumerate(part)]) for p, part in zip(prompts, lengths)
     ]
-    for rankers, stages in ((None, None), (ranker, SCHEDULE)):
-        single = [result for e in examples for result in choices_results(model, [e], rankers, stages)]
-        batch = choices_results(model, examples, rankers, stages)
+    for rankers, stages, kv in (
+        (None, None, None),
+        (ranker, SCHEDULE, None),
+        (ranker, SCHEDULE, Compression("h2o", 0.3)),
+    ):
+        single = [result for e in examples for result in choices_results(model, [e], rankers, stages, kv)]
+        batch = choices_results(model, examples, rankers, stages, kv)
         for example, one, result in zip(examples, single, batch, strict=True):
-            expected = [score(model, [Example(example.prompt, c)], rankers, stages) for c in example.response]
+            expected = [score(model, [Example(example.prompt, c)], rankers, stages, kv) for c in example.response]
             nats = [-n.sum().item() for (n,), _, _ in expected]
             for found in (one, result):
                 assert [a for a, _ in found["answers"]] == pytest.approx(nats, abs=1e-5)
@@ -196,7 +201,7 @@ def test_rows_by_hand(tmp_path, both, monkeypatch):
     """Every figure follows from the answers of each choice; methods cost what eval_tasks.policy() gives them at the median prompt."""
     model, tokenizer, _ = both
 
-    def contrary(model, examples, rankers=None, schedule=None):
+    def contrary(model, examples, rankers=None, schedule=None, kv=None):
         """Pruned, the other choice: no method has dense's score by chance."""
         results = choices_results(model, examples, rankers, schedule)
         sign = -1 if schedule else 1

@@ -256,6 +256,8 @@ def test_floor_needs_no_scorer(fields):
     heads = random_heads(model)
     floor, small = (Schedule(5, {1: 0.6, 3: share}, span=4) for share in (0.0, 1e-6))
     assert floor.scored() == [1] and small.scored() == [1, 3]
+    alone = prefill(model, tiny.ids(40), None, Schedule(5, {2: 0.0}))[1].seqlens()
+    assert alone == [[40]] * 2 + [[protected_count(40)]] * 3
     for lens in ([40], [31, 12, 50]):
         ids = torch.cat([tiny.ids(n) for n in lens])
         got, cache = prefill(model, ids, {1: heads[1]}, floor, lens)
@@ -572,6 +574,20 @@ def test_fitted():
     assert min(schedule.fitted(cost, 1.2).values()) == pytest.approx(1)
 
 
+def test_fitted_floor():
+    """A share of 0 stays, down to what it costs alone; for more than that, up to a dense prefill's cost, the stage is left out."""
+    floor, cost = Schedule(30, {4: 0.8, 24: 0.0}, span=4), lambda s: sum(s.alive(100)) / 3000
+    for budget, layers in ((0.5, [4, 24]), (0.8, [4, 24]), (0.88, [4]), (0.96, [4]), (1.0, [4])):
+        got = floor.fitted(cost, budget)
+        assert list(got) == layers and abs(cost(got) - budget) <= 26 / 3000 / 2 and got.span == 4
+        assert got.scored() == [4] and got.get(24, 0.0) == 0.0
+    assert floor.fitted(cost, 1.0)[4] == pytest.approx(1)
+    model, heads = tiny.build(), random_heads(tiny.build())
+    dense, _ = prefill(model, tiny.ids(40))
+    whole = Schedule(3, {1: 0.5, 2: 0.0}).with_ratio(1.0)
+    assert torch.equal(prefill(model, tiny.ids(40), {1: heads[1]}, whole)[0], dense)
+
+
 def test_fitted_out_of_reach():
     """Stages that begin too late for a cost are refused by name, not run at another."""
     share = Schedule.mean_share
@@ -739,6 +755,15 @@ def test_head_flops(options, rows):
     with FlopCounterMode(display=False) as counter:
         head(torch.randn(rows, 32), torch.arange(rows), [rows], model.layers[0])
     assert head.flops(rows, model.config) == counter.get_total_flops() > 0
+
+
+def test_dropout():
+    """On the hidden layer, in training alone, and nothing that is saved with the head."""
+    torch.manual_seed(0)
+    head, x = PruneHead(32, dropout=0.5), torch.randn(9, 32)
+    assert not torch.equal(head(x), head(x)) and "dropout" not in head.options
+    head.eval()
+    assert torch.equal(head(x), head(x))
 
 
 @each_head
