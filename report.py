@@ -51,7 +51,7 @@ study.COLUMNS.update({  # a table shows the columns that its rows fill
     "documents": "{documents}", "score": "{score:.2f}", "to dense": "{diff:+.2f}",
     "95 % interval to dense": "{diff_low:+.2f} to {diff_high:+.2f}",
     "1/tau": "{compression:.2f}x", "PPL": "{ppl:.2f}", "loss": "{loss:.3f}", "loss difference": "{loss_diff:+.3f}",
-    "tokens": "{length:,}", "alive from layer on": "{stages}", "prefill": "{prefill_s:.3f} s", "speedup": "{speedup:.2f}x",
+    "tokens": "{length:,}", "alive from layer": "{stages}", "prefill": "{prefill_s:.3f} s", "speedup": "{speedup:.2f}x",
     "executed FLOPs ratio": "{flops_ratio:.2f}x", "end to end": "{total_s:.2f} s",
     "end-to-end speedup": "{total_speedup:.2f}x", "decode ratio": "{decode_ratio:.2f}",
     "KV": "{kv_bytes}", "peak above weights": "{peak_bytes}", "RSS": "{rss_bytes}",
@@ -139,7 +139,9 @@ def pruned(found, parts):
     rows = []
     for name, source in SOURCES.items():
         shares = alive_shares(parts[name].rows.with_name("results.jsonl")) if found[name] else {}
-        rows += [r | {"title": source, "shares": shares.get(r["keep"], [])} for r in found[name] if r["method"] == "sdtp"]
+        rows += [
+            r | {"title": source, "shares": shares.get(r["keep"], [])} for r in found[name] if r["method"] == "sdtp"
+        ]
     n = max((r["length"] for r in found["speed"]), default=0)
     for r in found["speed"]:
         if (r["method"], r["length"]) == ("sdtp", n):
@@ -184,11 +186,12 @@ def largest(rows):
     """A line for each method: the largest compression measured whose difference in perplexity is below SMALL."""
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "dense"):
         small = [r for r in rows if r["method"] == method and r["ppl_diff"] < SMALL]
-        said = "none of those measured"
-        if small:
-            r = max(small, key=lambda r: r["compression"])
-            said = f"{r['compression']:.2f}x ({label(r)}), PPL {r['ppl_diff']:+.1%} [{r['low']:+.1%}, {r['high']:+.1%}]"
-        yield f"- {method}: {said}"
+        best = max(small, key=lambda r: r["compression"], default=None)
+        said = f"- {method}: none of those measured"
+        if best:
+            said = f"- {label(best)}: {best['compression']:.2f}x, PPL {best['ppl_diff']:+.1%}"
+            said += f" [{best['low']:+.1%}, {best['high']:+.1%}]"
+        yield said
 
 
 # ---------------------------------------------------------------------------- the report
@@ -198,8 +201,9 @@ def losses(name, rows):
     """The part of the report about one source of perplexities."""
     fields = "prompts ppl_diff low high mean_alive flops_share compression ppl loss loss_diff"
     figure = f"![PPL difference, {SOURCES[name]}]({name}/figure.png)"
+    shown = [r for r in rows if r["method"] != "dense" or r is rows[0]]  # it is the same at all budgets
     end = f"Largest compression measured with a PPL difference under {SMALL:.0%}:"
-    return [f"### {SOURCES[name]}", table(rows, fields), *([figure, end, "\n".join(largest(rows))] if rows else [])]
+    return [f"### {SOURCES[name]}", table(shown, fields), *([figure, end, "\n".join(largest(rows))] if rows else [])]
 
 
 def sections(found, sdtp):

@@ -38,6 +38,7 @@ OTHERS = {  # rows of what is not run here
     ],
 }
 FLAGS = "--ckpt tiny --lengths 20,40 --text text.txt --data text.txt --methods sdtp,teacher --keep 0.9,0.5 --limit 2"
+QUICK = ["--new_tokens", "3", "--repeats", "1"]
 FLAGS = f"{FLAGS} --out_dir out --dtype float32 --device cpu".split()
 
 
@@ -74,7 +75,7 @@ def run(world, monkeypatch):
                 Path(stdout.name).with_name(file).write_text(json.dumps(OTHERS[name]))
             else:
                 with monkeypatch.context() as patch, contextlib.redirect_stdout(None):
-                    patch.setattr(sys, "argv", command[1:])
+                    patch.setattr(sys, "argv", [*command[1:], *QUICK * (name == "speed")])
                     runpy.run_path(command[1], run_name="__main__")
             stdout.write(b"x.py: it broke\n" if name == broken else b"")
             return SimpleNamespace(returncode=int(name == broken))
@@ -133,7 +134,7 @@ def test_report(world, run):
     kv = cells(text[text.index("## 4.") :], "KV")["sdtp, r = 0.5"][0]
     assert kv.endswith(f"({long[2]['kv_bytes'] / long[0]['kv_bytes'] - 1:+.1%})") and "(-" in kv
 
-    stages = cells(text[text.index("## 1") :], "alive from layer on", "mean alive")
+    stages = cells(text[text.index("## 1") :], "alive from layer", "mean alive")
     assert len(stages) == 6 and {name.split(", r")[0] for name in stages} == {
         "plain text, sdtp", "copying prompts, sdtp", "40 tokens, sdtp"
     }  # fmt: skip
@@ -213,7 +214,7 @@ def test_largest():
         ("sdtp", 0.95, 1.2, -0.01, -0.02, 0.0),
     ]
     assert list(report.largest([dict(zip(names, row, strict=True)) for row in rows])) == [
-        "- sdtp: 1.50x (sdtp, r = 0.9), PPL +4.9% [+2.0%, +8.0%]",
+        "- sdtp, r = 0.9: 1.50x, PPL +4.9% [+2.0%, +8.0%]",
         "- norm: none of those measured",
     ]
 
