@@ -7,6 +7,7 @@ Each part is a run of bench.py, eval_tasks.py or eval_longbench.py in OUT_DIR/PA
 Give the same command again after an interruption: finished parts are not run again, the others go on where they can.
 """
 
+import hashlib
 import itertools
 import json
 import shlex
@@ -45,7 +46,7 @@ class ReportConfig:
 
 SMALL = 0.05  # the difference in perplexity that the largest compression is asked for
 SOURCES = {"text": "plain text", "copying": "copying prompts"}  # the parts with perplexities
-Part = namedtuple("Part", "script asked flags outputs rows")  # asked: the flag that it needs; rows: its file of rows
+Part = namedtuple("Part", "script asked flags outputs rows heads")  # asked: the flag that it needs; heads: their hash
 
 study.COLUMNS.update({  # a table shows the columns that its rows fill
     "documents": "{documents}", "score": "{score:.2f}", "to dense": "{diff:+.2f}",
@@ -65,6 +66,8 @@ def parts(config, out):
     """{name: Part}, those without their flag too."""
     heads = config.heads or f"heads/{Path(config.ckpt).name}"  # bench.py would take untrained ones
     base = {"ckpt": config.ckpt, "heads": heads, "dtype": config.dtype, "device": config.device}
+    trained = Path(heads) / "heads.json"  # holds the weights' hash
+    sha256 = hashlib.sha256(trained.read_bytes()).hexdigest() if trained.is_file() else ""
     budgets = {"methods": config.methods, "keep": config.keep, "limit": config.limit}
     questions = [m for m in config.methods.split(",") if eval_tasks.parse(m)[0] != "teacher"]  # no response is given
     own = {"methods": ",".join(questions), "limit": config.limit}
@@ -82,17 +85,18 @@ def parts(config, out):
         flags = study.arguments({k: v for k, v in (base | fields).items() if v})
         places = study.arguments({flag: out / name / files[flag] for flag in outputs})
         rows = out / name / ("scores.json" if script == "eval_longbench.py" else "rows.json")
-        found[name] = Part(script, asked, flags, places, rows)
+        found[name] = Part(script, asked, flags, places, rows, sha256)
     return found
 
 
 def finished(part):
-    """Whether the part has been run to its end; ValueError where its folder holds results of other flags."""
+    """Whether the part has been run to its end; ValueError where its folder holds results of other flags or heads."""
     folder = part.rows.parent
     saved = read_json(folder / "flags.json") if (folder / "flags.json").is_file() else {}
     results = [p for p in folder.glob("*") if p.name not in ("flags.json", "stdout.log")]
-    if results and saved.get("flags") != part.flags:
-        raise ValueError(f"{folder} holds a run with other flags (flags.json): delete it, or choose another --out_dir")
+    if results and (saved.get("flags"), saved.get("heads")) != (part.flags, part.heads):
+        what = "other flags" if saved.get("flags") != part.flags else "heads that have changed since"
+        raise ValueError(f"{folder} holds a run with {what} (flags.json): delete it, or choose another --out_dir")
     return bool(saved.get("finished")) and part.rows.is_file()
 
 
@@ -101,14 +105,15 @@ def run_part(name, part):
     folder, command = part.rows.parent, [*part.flags, *part.outputs]
     log, mark = folder / "stdout.log", folder / "flags.json"
     print(f"{name}: {shlex.join(['python', part.script, *command])} > {log}", flush=True)
-    write_atomic(mark, json.dumps({"flags": part.flags, "finished": False}).encode())
+    saved = {"flags": part.flags, "heads": part.heads, "finished": False}
+    write_atomic(mark, json.dumps(saved).encode())
     with open(log, "wb") as file:
         script = str(Path(__file__).with_name(part.script))
         done = subprocess.run([sys.executable, script, *command], stdout=file, stderr=file, check=False)
     if done.returncode:
         last = data.read_text(log).strip().splitlines()[-1:]
         return f"failed with status {done.returncode}, see {log}: {' '.join(last)}"
-    write_atomic(mark, json.dumps({"flags": part.flags, "finished": True}).encode())  # rows come before the end too
+    write_atomic(mark, json.dumps(saved | {"finished": True}).encode())  # rows come before the end too
 
 
 # ---------------------------------------------------------------------------- metrics

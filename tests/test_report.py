@@ -173,6 +173,10 @@ def test_finished_failed_and_other_flags(world, run, capsys):
     flags = json.loads((world / "out" / "text" / "flags.json").read_text())
     (world / "out" / "text" / "flags.json").write_text(json.dumps(flags | {"finished": False}))
     assert run(*more)[0] == ["text"]
+    heads = world / "heads" / "tiny" / "heads.json"
+    heads.write_text(heads.read_text() + " ")
+    ran, error = run(*more)
+    assert not ran and "out/tasks holds a run with heads that have changed since" in error
 
 
 def test_a_part_that_wrote_nothing(world, run):
