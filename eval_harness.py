@@ -11,7 +11,6 @@ pruned, and every choice is scored exactly after it.
 import hashlib
 import json
 import logging
-import statistics
 from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import cli
 from cli import clock
 from data import Example, read_text
-from eval_tasks import compare, evaluate, flops_share, kv_bytes, parse, timed_generate
+from eval_tasks import compare, costs, evaluate, parse, timed_generate
 from model import KVCache
 from sdtp import prefill
 
@@ -262,8 +261,7 @@ def task_rows(name, task, lm, limit=None):
     """One flat row per method and budget, dense first; all methods answer the same documents.
 
     score: mean over documents of `metric`, acc where the task has it; diff = score - dense's, with its interval low, high;
-    mean_alive, compression, flops_share, kv_bytes, prefill_speedup: as in eval_tasks.table(), over the prompts; whole: all of the
-    harness's metrics.
+    eval_tasks.costs(), over the prompts; whole: all of the harness's metrics.
     """
     answered, todo = {}, [lm.which]
     while todo:
@@ -273,9 +271,7 @@ def task_rows(name, task, lm, limit=None):
     lens, rows = [len(e.prompt) for e in lm.examples], []
     for (keep, method), found in lm.found.items():
         metric, values, whole = answered[keep, method]
-        alive, dense = [r["alive"] for r in found], lm.found[keep, "dense"]
         diff, low, high = compare(values, answered[keep, "dense"][1], lambda difference: difference)
-        mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
         row = {
             "task": name,
             "method": method,
@@ -288,11 +284,7 @@ def task_rows(name, task, lm, limit=None):
             "low": low,
             "high": high,
             "prompt_tokens": sum(lens) / len(lens),
-            "mean_alive": mean_alive,
-            "compression": 1 / mean_alive,
-            "flops_share": flops_share(method, lm.model.config, lens, alive, lm.heads),
-            "kv_bytes": kv_bytes(method, lm.model, lens, alive),
-            "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
+            **costs(method, lm.model, lens, found, lm.found[keep, "dense"], lm.heads),
             "whole": whole,
         }
         rows.append(row)
@@ -303,14 +295,14 @@ def print_table(rows):
     """The rows of one task, aligned."""
     print(
         f"{'task':<14} {'method':<22} {'keep':>5} {'n':>5} {'metric':>11} {'score':>7} {'diff':>7} {'95 % interval':>18}"
-        f" {'tokens':>7} {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}"
+        f" {'tokens':>7} {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8} {'KV MiB':>8}"
     )
     for r in rows:
         keep, span = f"{r['keep']:g}" if r["keep"] else "own", f"[{r['low']:+.2%}, {r['high']:+.2%}]"
         print(
             f"{r['task']:<14} {r['method']:<22} {keep:>5} {r['documents']:>5} {r['metric']:>11} {r['score']:>7.2%}"
             f" {r['diff']:>+7.2%} {span:>18} {r['prompt_tokens']:>7.0f} {r['mean_alive']:>11.3f} {r['compression']:>5.2f}x"
-            f" {r['flops_share']:>6.3f} {r['prefill_speedup']:>7.2f}x",
+            f" {r['flops_share']:>6.3f} {r['prefill_speedup']:>7.2f}x {r['kv_bytes'] / 2**20:>8.2f}",
             flush=True,
         )
 

@@ -449,32 +449,43 @@ def needle(tokenizer, model, examples, methods, schedule, heads=None, **settings
     return rows
 
 
+def costs(method, model, lens, found, dense, heads):
+    """What a method's results of prompts of `lens` tokens cost.
+
+    mean_alive: share of the prompts alive, mean over layers; compression: its inverse (the paper's 1/tau); flops_share:
+    see flops_share(); kv_bytes: see kv_bytes(); prefill_speedup: median over prompts of dense seconds / method's seconds,
+    filtering passes aside.
+    """
+    alive = [r["alive"] for r in found]
+    mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
+    return {
+        "mean_alive": mean_alive,
+        "compression": 1 / mean_alive,
+        "flops_share": flops_share(method, model.config, lens, alive, heads),
+        "kv_bytes": kv_bytes(method, model, lens, alive),
+        "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
+    }
+
+
 def table(results, model, examples, heads, difference):
     """Rows from evaluate()'s results, one budget after the other, each with dense first.
 
     value: sum of the results' values over that of their counts; diff, low, high: see compare(), with dense;
-    over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp. mean_alive: share of the prompt alive, mean over
-    layers; compression: its inverse (the paper's 1/tau); flops_share: see flops_share(); kv_bytes: mean over prompts;
-    prefill_speedup: median over prompts of dense seconds / method's seconds, filtering passes aside; at_floor: share
-    of the examples of which the first stage leaves the protected tokens alone.
+    over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp; and costs(). at_floor: share of the examples of which
+    the first stage leaves the protected tokens alone.
     """
     lens, rows = [len(e.prompt) for e in examples], []
     for (keep, method), found in results.items():
-        alive, dense = [r["alive"] for r in found], results[keep, "dense"]
-        mean_alive = sum(sum(counts) / len(counts) for counts in alive) / sum(lens)
+        dense = results[keep, "dense"]
         row = {
             "method": method,
             "keep": keep,
             "prompts": len(lens),
             "prompt_tokens": sum(lens),
             "value": sum(r["value"] for r in found) / sum(r["count"] for r in found),
-            "mean_alive": mean_alive,
-            "compression": 1 / mean_alive,
-            "flops_share": flops_share(method, model.config, lens, alive, heads),
-            "kv_bytes": kv_bytes(method, model, lens, alive),
-            "at_floor": sum({*a} - {n} == {protected_count(n)} for a, n in zip(alive, lens)) / len(lens),
-            "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
+            "at_floor": sum({*r["alive"]} - {n} == {protected_count(n)} for r, n in zip(found, lens)) / len(lens),
         }
+        row |= costs(method, model, lens, found, dense, heads)
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
         if sdtp := results.get((keep, "sdtp")):
             row |= zip(("over_sdtp", "over_sdtp_low", "over_sdtp_high"), compare(found, sdtp, difference))
