@@ -48,7 +48,7 @@ SMALL = 0.05  # the difference in perplexity that the largest compression is ask
 SOURCES = {"text": "plain text", "copying": "copying prompts"}  # the parts with perplexities
 Part = namedtuple("Part", "script asked flags outputs rows heads")  # asked: the flag that it needs; heads: their hash
 
-study.COLUMNS.update({  # a table shows the columns that its rows fill
+COLUMNS = study.COLUMNS | {  # a table shows the columns that its rows fill
     "documents": "{documents}", "score": "{score:.2f}", "to dense": "{diff:+.2f}",
     "95 % interval to dense": "{diff_low:+.2f} to {diff_high:+.2f}",
     "1/tau": "{compression:.2f}x", "PPL": "{ppl:.2f}", "loss": "{loss:.3f}", "loss difference": "{loss_diff:+.3f}",
@@ -56,7 +56,7 @@ study.COLUMNS.update({  # a table shows the columns that its rows fill
     "executed FLOPs ratio": "{flops_ratio:.2f}x", "end to end": "{total_s:.2f} s",
     "end-to-end speedup": "{total_speedup:.2f}x", "decode ratio": "{decode_ratio:.2f}",
     "KV": "{kv_bytes}", "peak above weights": "{peak_bytes}", "RSS": "{rss_bytes}",
-})  # fmt: skip
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- parts
@@ -127,7 +127,7 @@ def label(row):
 def table(rows, names, title=label):
     """Rows as Markdown: a title of each, and those of the named fields that it has a value for."""
     cells = [{"variant": title(r)} | {n: r[n] for n in names.split() if r.get(n) is not None} for r in rows]
-    return study.table(cells) if cells else "Not measured."
+    return study.table(cells, COLUMNS) if cells else "Not measured."
 
 
 def alive_shares(path):

@@ -33,7 +33,7 @@ from download import DEFAULT
 from model import read_json
 from sdtp import Schedule, alive_count, executed_flops, load_heads, write_atomic
 from tokenizer import Tokenizer
-from train import PAPER
+from train import PAPER, TrainConfig
 
 BARE = {"norm": False, "position": False, "matches": 0, "attention": False, "dropout": 0.0}  # the paper's head
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
@@ -82,7 +82,7 @@ class StudyConfig:
     shares: str = "0.85,0.7,0.55,0.45,0.35,0.25,0.15"  # what they may keep
     ratio: float = 0.9  # compute to spend: of one stage at --first_layer with train.py's --ratio
     first_layer: int = 4  # the layer of that stage
-    span: int = 8  # neighbouring tokens kept or dropped together
+    span: int = TrainConfig.span  # neighbouring tokens kept or dropped together
     prompts: int = 16  # training prompts to find the schedule on, and as many others to measure it on
     prompt_len: int = 512  # text: tokens of a prompt
     dtype: str = "auto"  # auto, bfloat16 or float32
@@ -149,17 +149,17 @@ COLUMNS = {  # of the Markdown table: title -> how a row fills it
 }
 
 
-def table(rows):
+def table(rows, columns=COLUMNS):
     """Rows as Markdown, with the columns that some row fills."""
 
     def cell(row, column):
         try:
-            return COLUMNS[column].format_map(row)
+            return columns[column].format_map(row)
         except KeyError:
             return ""
 
-    columns = [c for c in COLUMNS if any(cell(row, c) for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([cell(row, c) for c in columns] for row in rows)]
+    names = [c for c in columns if any(cell(row, c) for row in rows)]
+    lines = [names, ["---"] * len(names), *([cell(row, c) for c in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
