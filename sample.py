@@ -1,8 +1,8 @@
 """Generate from a prompt, with and without pruning.
 
 python sample.py --prompt "The capital of France is"
-python sample.py --prompt_file README.md --compare      # dense, then pruned
-python sample.py --prompt_file README.md --kv h2o       # pruned, then only 40 % of the prompt's keys and values kept
+python sample.py --prompt_file scorers.py --compare      # dense, then pruned
+python sample.py --prompt_file scorers.py --kv h2o       # pruned, then only 40 % of the prompt's keys and values kept
 """
 
 import time
