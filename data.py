@@ -61,7 +61,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
             ]
             for halves in rows.values():
                 more = [row_examples(crowded(half), tokenizer, score_len, min_prompt, max_prompt) for half in halves]
-                part = [[e for turn in zip_longest(a, b[:CROWDED]) for e in turn if e] for a, b in zip(part, more)]
+                part = [in_turn(a, b[:CROWDED]) for a, b in zip(part, more)]
         elif name == "pydoc" or name.endswith(".txt"):
             halves = split_text(manual() if name == "pydoc" else read_text(name))
             part = [text_windows(half, tokenizer, prompt_len, score_len) for half in halves]
@@ -70,7 +70,12 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
                 f"--data {name}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt, or several with commas"
             )
         parts.append(part)
-    return tuple([e for turn in zip_longest(*half) for e in turn if e] for half in zip(*parts))  # one of each in turn
+    return tuple(in_turn(*half) for half in zip(*parts))
+
+
+def in_turn(*lists):
+    """The items of all lists, one of each in turn."""
+    return [item for turn in zip_longest(*lists) for item in turn if item]
 
 
 def is_rows(name):
@@ -222,8 +227,8 @@ def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=
         copies = copy_examples(text, tokenizer, length, count // 2, score_len)
         windows = text_windows(text, tokenizer, length, score_len)
         windows = windows[:: len(windows) // (count // 2) + 1]
-        examples.append([e for turn in zip_longest(needles, copies, windows) for e in turn if e])
-    return [e for turn in zip_longest(*examples) for e in turn if e]
+        examples.append(in_turn(needles, copies, windows))
+    return in_turn(*examples)
 
 
 def read_rows(path):

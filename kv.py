@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from model import attend, attention_weights
 from scorers import accumulated
-from sdtp import keep_count
+from sdtp import keep_count, pairs
 
 WINDOW, POOL = 32, 7  # SnapKV's, with the maximum over neighbours, as in its LongBench runs
 METHODS = ("h2o", "snapkv")
@@ -91,12 +91,9 @@ class Compression:
 
     def flops(self, config, alive, n):
         """FLOPs of the scores of one prompt of n, all layers: causal products of queries and keys once more."""
-        pairs = sum(
-            (t * (t + 1) // 2 if self.method == "h2o" else WINDOW * t - WINDOW * (WINDOW - 1) // 2)
-            for t in alive
-            if t > self.count(n)
-        )
-        return 2 * config.head_dim * config.num_attention_heads * pairs
+        whole = self.method == "h2o"  # all queries, or the last alone
+        products = sum(pairs(t) - (0 if whole else pairs(t - WINDOW)) for t in alive if t > self.count(n))
+        return 2 * config.head_dim * config.num_attention_heads * products
 
 
 def compression(config):

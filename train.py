@@ -199,8 +199,8 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
             if layer in heads:
                 logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens, block)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
-            stage = logits.get(layer), alive, free, seqlens, prompt_lens, schedule[layer], tau
-            masks[layer] = alive = stage_mask(*stage)
+            pi, share = logits.get(layer), schedule[layer]
+            masks[layer] = alive = stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau)
         if alive is None:
             x = block(x, positions, seqlens)
             continue
