@@ -28,22 +28,24 @@ def comments(config_class):
 
 
 def parse(config_class, doc, argv=None):
-    """The dataclass, filled from the command line: one flag per field, its default and type from the field."""
+    """The dataclass, filled from the command line: one flag per field, its default and type from the field.
+
+    Its attribute `given` holds the names of the flags on the command line, which a recipe (--paper) leaves alone.
+    """
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
     helps = comments(config_class)
     for field in fields(config_class):
         note = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         if isinstance(field.default, bool):
-            parser.add_argument(
-                f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=note
-            )
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=note)
         else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default, help=note, metavar=""
-            )
-    config = config_class(**vars(parser.parse_args(argv)))
+            parser.add_argument(f"--{field.name}", type=type(field.default), help=note, metavar="")
+    given = vars(parser.parse_args(argv))
+    config = config_class(**given)
+    config.given = given.keys()
     note_origin()
     print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
     return config

@@ -424,15 +424,15 @@ def run_flags(config):
 
 def saved_flags(config):
     """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
-    saved, default = read_json(Path(config.out_dir) / "config.json"), TrainConfig()
+    saved = read_json(Path(config.out_dir) / "config.json")
     if unknown := run_flags(config).keys() - saved.keys():
         raise ValueError(
             f"--resume: the run in {config.out_dir} was begun by an older train.py, without --{min(unknown)}"
         )
     for name, value in run_flags(config).items():
-        if value not in (saved.get(name, value), getattr(default, name)):
+        if name in config.given and value not in (saved[name], "", "auto"):  # for "" and auto the run has chosen
             raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")
-        setattr(config, name, saved.get(name, value))
+        setattr(config, name, saved[name])
 
 
 def start_or_resume(config, heads, optimizer):
@@ -668,9 +668,9 @@ def main():
     config = cli.parse(TrainConfig, __doc__)
     if config.resume:
         saved_flags(config)
-    for name, value in PAPER.items() if config.paper else ():
-        if getattr(config, name) == getattr(TrainConfig, name):  # what was asked for beside --paper stays
-            setattr(config, name, value)
+    elif config.paper:
+        for name in PAPER.keys() - config.given:
+            setattr(config, name, PAPER[name])
     check_flags(config)
     own_cache = config.epochs > 1 and not config.label_cache
     if own_cache:

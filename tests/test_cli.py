@@ -236,6 +236,7 @@ def test_flags_come_from_the_dataclass(capsys):
     assert capsys.readouterr().out == "size=3 name='x' rate=0.5 loud=False\n"
     assert cli.parse(Options, "doc", "--size 4 --name y --rate 1e-3 --loud".split()) == Options(4, "y", 0.001, True)
     assert cli.parse(Options, "doc", ["--no-loud"]).loud is False
+    assert cli.parse(Options, "doc", "--size 3 --no-loud".split()).given == {"size", "loud"}
     with pytest.raises(SystemExit):
         cli.parse(Options, "the doc", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())

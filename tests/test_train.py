@@ -628,6 +628,36 @@ def test_killed_before_the_first_checkpoint(world, monkeypatch):
         assert (world / "early" / name).read_bytes() == (world / "unbroken" / name).read_bytes()
 
 
+def test_what_is_given_wins_over_paper(world, monkeypatch):
+    """--paper fills in what was not given, a flag given with its default's value stays; --resume goes on with the run's own,
+    and refuses a flag given otherwise, one of the default's value too."""
+    seen = []
+
+    def stop(*args):
+        seen.append(args[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", stop)
+    flags = f"train.py --ckpt {world}/tiny --data {world}/text.txt --out_dir {world}/given --dtype float32 --device cpu"
+    flags += " --first_layer 1 --step 1 --prompt_len 30 --score_len 8 --epochs 3"
+    recipe = "--paper --rank_weight 0 --norm --teacher response_attention"
+    for more in (recipe, "--resume", f"{recipe} --resume", "--paper --resume"):
+        monkeypatch.setattr(sys, "argv", [*flags.split(), *more.split()])
+        with pytest.raises(SystemExit):
+            cli.run(train.main)
+        saved = json.loads((world / "given" / "config.json").read_text())
+        for got in (vars(seen[-1]), saved):
+            expected = train.PAPER | {"rank_weight": 0, "norm": True, "teacher": "response_attention", "epochs": 3}
+            assert {name: got[name] for name in expected} == expected
+    assert len(seen) == 4
+    for flag, error in (("--lr 0.002", "--lr 0.1, not 0.002"), ("--no-norm", "--norm True, not False")):
+        saved["lr"] = 0.1
+        (world / "given" / "config.json").write_text(json.dumps(saved))
+        monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume", *flag.split()])
+        with pytest.raises(SystemExit, match=error):
+            cli.run(train.main)
+
+
 def test_base_weights_stay(tmp_path):
     """Training changes the heads and not one byte of the model."""
     model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5})
