@@ -68,6 +68,16 @@ def run(main):
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
 
 
+def run_logged(script, flags, log):
+    """Run another script with these flags, its output appended to the file `log`; what went wrong in one line, or None."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    with open(log, "ab") as file:
+        status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+    if status:
+        last = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        return f"failed with status {status}, see {log}: {' '.join(last)}"
+
+
 def keep_freed_memory():
     """Let glibc keep the pages of freed tensors: it hands large ones back at once, and faulting them in again for the
     next operator costs a prefill of 1,024 tokens an eighth of its time (results/LOG.md, session 3)."""

@@ -12,8 +12,6 @@ import itertools
 import json
 import shlex
 import statistics
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +105,8 @@ def run_part(name, part):
     print(f"{name}: {shlex.join(['python', part.script, *command])} > {log}", flush=True)
     saved = {"flags": part.flags, "heads": part.heads, "finished": False}
     write_atomic(mark, json.dumps(saved).encode())
-    with open(log, "wb") as file:
-        script = str(Path(__file__).with_name(part.script))
-        done = subprocess.run([sys.executable, script, *command], stdout=file, stderr=file, check=False)
-    if done.returncode:
-        last = data.read_text(log).strip().splitlines()[-1:]
-        return f"failed with status {done.returncode}, see {log}: {' '.join(last)}"
+    if error := cli.run_logged(part.script, command, log):
+        return error
     write_atomic(mark, json.dumps(saved | {"finished": True}).encode())  # rows come before the end too
 
 

@@ -15,7 +15,6 @@ import math
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -116,12 +115,8 @@ def run_variant(out, fields, config):
     if (out / "eval.json").is_file():
         return
     places = ["--out_dir", str(out), "--label_cache", config.label_cache, *["--resume"] * started]
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *places]
-    with open(out / "stdout.log", "ab") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        last = data.read_text(out / "stdout.log").strip().splitlines()[-1:]
-        raise ValueError(f"variant {out.name!r} failed, see {out / 'stdout.log'}: {' '.join(last)}")
+    if error := cli.run_logged("train.py", [*flags, *places], out / "stdout.log"):
+        raise ValueError(f"variant {out.name!r} {error}")
 
 
 def collect(variant, out):

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,9 @@ def run(world, monkeypatch):
     def script(*flags, broken=None):
         ran = []
 
-        def in_process(command, stdout, **how):
+        def in_process(command, stdout=None, **how):
+            if command[0] == "git":
+                return subprocess.run(command, **how)
             name = Path(stdout.name).parent.name
             ran.append(name)
             stdout.write(b"begins\n")
@@ -80,7 +83,7 @@ def run(world, monkeypatch):
             stdout.write(b"x.py: it broke\n" if name == broken else b"")
             return SimpleNamespace(returncode=int(name == broken))
 
-        monkeypatch.setattr(report, "subprocess", SimpleNamespace(run=in_process))
+        monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=in_process))
         monkeypatch.setattr(sys, "argv", ["report.py", *FLAGS, *flags])
         try:
             cli.run(report.main)
@@ -187,13 +190,15 @@ def test_a_part_that_wrote_nothing(world, run):
     )
     ran = []
 
-    def fails(command, stdout, **how):
+    def fails(command, stdout=None, **how):
+        if command[0] == "git":
+            return subprocess.run(command, **how)
         ran.append(command)
         stdout.write(b"eval_tasks.py: heads/none/heads.json does not exist\n")
         return SimpleNamespace(returncode=1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "subprocess", SimpleNamespace(run=fails))
+        patch.setattr(cli, "subprocess", SimpleNamespace(run=fails))
         patch.setattr(sys, "argv", ["report.py", *FLAGS, *few, "heads/none"])
         with pytest.raises(SystemExit, match="without text"):
             cli.run(report.main)

@@ -83,11 +83,11 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
 
 def test_a_variant_that_fails(world, monkeypatch):
     """The study ends in one line with the run's last; flags of a run that never began may be given anew."""
-    (world / "fails").write_text("#!/bin/sh\necho first\necho train.py: no such flag\nexit 1\n")
+    (world / "fails").write_text("#!/bin/sh\nprintf '\\377first\\n'\necho train.py: no such flag\nexit 1\n")
     (world / "fails").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(world / "fails"))
     for limit in ("20", "10"):
-        with pytest.raises(SystemExit, match="variant 'a' failed, see .*stdout.log: train.py: no such flag"):
+        with pytest.raises(SystemExit, match="variant 'a' failed with status 1, see .*log: train.py: no such flag"):
             run(monkeypatch, world, "two", "--limit", limit, "--out_dir", str(world / "failed"))
 
 
