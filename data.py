@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
     rows = {name: split_rows(read_rows(dolly_file() if name == "dolly" else name)) for name in names if is_rows(name)}
     for name in names:
         if name in rows:
-            part = [row_examples(half, tokenizer, score_len, min_prompt, max_prompt) for half in rows[name]]
+            part = [list(row_examples(half, tokenizer, score_len, min_prompt, max_prompt)) for half in rows[name]]
         elif name == "made":
             texts = [split_text(manual()), *([contexts(half) for half in pair] for pair in rows.values())]
             part = [
@@ -61,7 +61,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
             ]
             for halves in rows.values():
                 more = [row_examples(crowded(half), tokenizer, score_len, min_prompt, max_prompt) for half in halves]
-                part = [in_turn(a, b[:CROWDED]) for a, b in zip(part, more)]
+                part = [in_turn(a, islice(b, CROWDED)) for a, b in zip(part, more)]
         elif name == "pydoc" or name.endswith(".txt"):
             halves = split_text(manual() if name == "pydoc" else read_text(name))
             part = [text_windows(half, tokenizer, prompt_len, score_len) for half in halves]
@@ -74,7 +74,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
 
 
 def in_turn(*lists):
-    """The items of all lists, one of each in turn."""
+    """The items of all lists or iterators, one of each in turn."""
     return [item for turn in zip_longest(*lists) for item in turn if item]
 
 
@@ -261,13 +261,11 @@ def split_rows(rows):
 
 
 def row_examples(rows, tokenizer, score_len, min_prompt, max_prompt):
-    """Rows with a context as Examples: context before instruction, in the chat template where there is one."""
-    examples = []
+    """Rows with a context as Examples, one by one: context before instruction, in the chat template where there is one."""
     for row in rows:
         if not row["context"].strip():
             continue  # nothing in such a prompt can be spared
         prompt = chat_prompt(f"{row['context'].strip()}\n\n{row['instruction'].strip()}", tokenizer)
         response = tokenizer.encode(row["response"].strip(), add_special_tokens=False)
         if min_prompt <= len(prompt) <= max_prompt and response:
-            examples.append(Example(prompt, response[:score_len]))
-    return examples
+            yield Example(prompt, response[:score_len])

@@ -314,6 +314,22 @@ def test_texts_are_tokenised_once():
     assert len([n for n in seen if n > 10_000]) == 2
 
 
+def test_no_more_crowded_rows_than_used(tmp_path, monkeypatch):
+    """Crowded rows are encoded until CROWDED of them fit; these are the first that fit, in their order."""
+    words, rows, seen = Words(), [row(i, context="Item {0} is here. " * (1 + i % 3)) for i in range(300)], []
+    every = [list(data.row_examples(data.crowded(half), words, 24, 10, 60)) for half in data.split_rows(rows)]
+    assert all(7 < len(examples) < len(half) for examples, half in zip(every, data.split_rows(rows)))
+    monkeypatch.setattr(data, "CROWDED", 7)
+    monkeypatch.setattr(data, "crowded", lambda rows, of=data.crowded: (seen.append(r) or r for r in of(rows)))
+    got = data.load("made," + write(tmp_path / "r.jsonl", rows), words, 128, 24, 10, 60)
+    plain = data.load(str(tmp_path / "r.jsonl"), words, 128, 24, 10, 60)
+    assert len(seen) < 60
+    for part, examples, alone in zip(got, every, plain):
+        assert (
+            [e for e in part if e in examples and e not in alone] == [e for e in examples[:7] if e not in alone] != []
+        )
+
+
 @pytest.mark.parametrize("prompt_len", [20, 64])
 def test_made_prompts_too_short(prompt_len):
     """A prompt_len without room for a text around the needle is refused."""
