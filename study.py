@@ -58,7 +58,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         **{f"+ attention, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
     },
     "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
-    "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)},
+    "stages": {**{str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)}, "ours": {}},
     "prompts": {str(n or "all"): {"max_prompts": n} for n in (125, 250, 500, 1000, 2000, 0)},
     "seeds": {str(seed): {"seed": seed} for seed in range(3)},
 }  # fmt: skip
