@@ -410,7 +410,7 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=
     """
     stages = {("dense", None): (None, None, None)} | {("sdtp", keep): (heads, s, None) for keep, s in schedules.items()}
     if kv:
-        stages |= {(f"{method}+{kv.method}", keep): (h, s, kv) for (method, keep), (h, s, _) in stages.items()}
+        stages |= {(f"{method}+{kv}", keep): (h, s, kv) for (method, keep), (h, s, _) in stages.items()}
     run = {key: partial(generate, model, ids, scorers=h, schedule=s, kv=c) for key, (h, s, c) in stages.items()}
     if reference:
         run["transformers", None] = partial(transformers_generate, reference, ids)
@@ -444,8 +444,8 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=
 
 def print_header():
     print(
-        f"{'':23}|{'prefill':^25}|{'decode':^15}|{'end to end':^17}|{'executed FLOPs':^24}|{'alive':^7}|{'MiB':^26}|{'heads':^7}\n"
-        f"{'tokens':>7} {'method':<15}|{'ms':>9} {'spread':>7} {'speedup':>7} |{'ms':>7} {'ratio':>6} |{'s':>8} {'speedup':>7} "
+        f"{'':28}|{'prefill':^25}|{'decode':^15}|{'end to end':^17}|{'executed FLOPs':^24}|{'alive':^7}|{'MiB':^26}|{'heads':^7}\n"
+        f"{'tokens':>7} {'method':<20}|{'ms':>9} {'spread':>7} {'speedup':>7} |{'ms':>7} {'ratio':>6} |{'s':>8} {'speedup':>7} "
         f"|{'GFLOPs':>8} {'ratio':>6} {'reached':>7} |{'mean':>6} |{'KV':>8} {'peak':>8} {'RSS':>7} |{'share':>6}"
     )
 
@@ -454,7 +454,7 @@ def print_row(r):
     name = r["method"] + ("" if r["keep"] is None else f" {r['keep']:.3g}")
     peak, rss = ("-" if r[b] is None else f"{r[b] / 2**20:.{d}f}" for b, d in (("peak_bytes", 1), ("rss_bytes", 0)))
     print(
-        f"{r['length']:7d} {name:<15}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
+        f"{r['length']:7d} {name:<20}|{r['prefill_s'] * 1e3:9.1f} {r['prefill_spread']:7.1%} {r['speedup']:6.2f}x "
         f"|{r['decode_s'] * 1e3:7.2f} {r['decode_ratio']:6.3f} |{r['total_s']:8.2f} {r['total_speedup']:6.2f}x "
         f"|{r['prefill_flops'] / 1e9:8.1f} {r['flops_ratio']:5.2f}x {r['reached']:7.3f} |{r['mean_alive']:6.3f} "
         f"|{r['kv_bytes'] / 2**20:8.2f} {peak:>8} {rss:>7} |{r['heads_share']:6.2%}",

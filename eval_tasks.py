@@ -374,7 +374,7 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
                 kept = stages.drop_mass | {layer: 0.0 for layer, share in stages.items() if not share}
             kept = stages and [stages.span, kept]
             parts = json.dumps([*base, example, name, kept, own.get(name)])
-            compression = f"+{kv.method}@{kv.keep}" if kv else ""
+            compression = f"+{kv}" if kv else ""
             keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + compression)
     return keys
 

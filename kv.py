@@ -42,6 +42,10 @@ class Compression:
         if not 0 < self.keep <= 1:
             raise ValueError(f"--kv_keep {self.keep}: a number above 0 and at most 1 is needed")
 
+    def __str__(self):
+        """h2o@0.4: what eval_tasks.py's methods have after a plus sign."""
+        return f"{self.method}@{self.keep}"
+
     def count(self, n):
         """Tokens of a prompt of n that each head holds, where as many are alive."""
         return keep_count(n, self.keep, WINDOW if self.method == "snapkv" else 0)

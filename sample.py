@@ -65,7 +65,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
     held = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
     row = {
-        "method": ("sdtp" if schedule else "dense") + (f"+{kv.method}" if kv else ""),
+        "method": ("sdtp" if schedule else "dense") + (f"+{kv}" if kv else ""),
         "prompt_tokens": len(ids),
         "mean_alive": sum(alive) / len(alive) / len(ids),
         "first_token_s": times[0] - start,

@@ -235,7 +235,7 @@ def test_script_compressed(tmp_path, monkeypatch, capsys):
     flags = "--shape 10m --layers 3 --lengths 40 --new_tokens 3 --repeats 1 --dtype float32 --keep 0.6 --kv snapkv"
     run_script(monkeypatch, f"{flags} --kv_keep 0.85 --json {tmp_path}/r.json")
     rows = json.loads((tmp_path / "r.json").read_text())
-    names = [("dense", None), ("sdtp", 0.6), ("dense+snapkv", None), ("sdtp+snapkv", 0.6)]
+    names = [("dense", None), ("sdtp", 0.6), ("dense+snapkv@0.85", None), ("sdtp+snapkv@0.85", 0.6)]
     assert [(r["method"], r["keep"]) for r in rows] == names
     for plain, compressed in zip(rows, rows[2:]):
         assert compressed["alive"] == plain["alive"]
@@ -245,7 +245,7 @@ def test_script_compressed(tmp_path, monkeypatch, capsys):
         over = sum(32 * n - 32 * 31 // 2 for n in plain["alive"] if n > 34) * 2 * 64 * 4
         assert compressed["attention_flops"] == plain["attention_flops"] + over > plain["attention_flops"]
         assert compressed["linear_flops"] == plain["linear_flops"]
-    assert " sdtp+snapkv 0.6|" in capsys.readouterr().out
+    assert " sdtp+snapkv@0.85 0.6|" in capsys.readouterr().out
 
 
 def test_script_shape(tmp_path, monkeypatch):

@@ -196,11 +196,11 @@ def test_sample_compressed(run, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert run("sample.py", *flags)[0] == 0
     dense, pruned = json.loads((tmp_path / "r.json").read_text())
-    assert [dense["method"], pruned["method"]] == ["dense+h2o", "sdtp+h2o"]
+    assert [dense["method"], pruned["method"]] == ["dense+h2o@0.5", "sdtp+h2o@0.5"]
     assert [dense["alive"], dense["held"]] == ["32 32 32 32 32", "16 16 16 16 16"]
     assert [pruned["alive"], pruned["held"]] == ["32 32 16 16 10", "16 16 16 16 10"]
     assert pruned["kv_bytes"] == 2 * 2 * 8 * 4 * (4 * 16 + 10 + 5 * 5)
-    assert "[sdtp+h2o] tokens in the KV cache per layer: 16 16 16 16 10" in out.getvalue()
+    assert "[sdtp+h2o@0.5] tokens in the KV cache per layer: 16 16 16 16 10" in out.getvalue()
 
 
 def test_keep_at_the_floor_says_so(run):
