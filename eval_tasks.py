@@ -368,14 +368,11 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
     for (keep, method), stages in plan.items():
         name, kv, keys[keep, method] = parse(method)[0], compressed(method), []
         for example in examples:
-            n = len(example.prompt)
-            kept = stages and [[layer, alive_count(n, share)] for layer, share in stages.items()]
+            kept = stages and [[layer, alive_count(len(example.prompt), share)] for layer, share in stages.items()]
             if stages and stages.adaptive:
                 kept = stages.drop_mass | {layer: 0.0 for layer, share in stages.items() if not share}
-            kept = stages and [stages.span, kept]
-            parts = json.dumps([*base, example, name, kept, own.get(name)])
-            compression = f"+{kv}" if kv else ""
-            keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + compression)
+            parts = json.dumps([*base, example, name, stages and [stages.span, kept], own.get(name)])
+            keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + (f"+{kv}" if kv else ""))
     return keys
 
 
@@ -401,9 +398,8 @@ def evaluate(
         batch, shared = examples[start : start + batch_size], {}  # shared: what methods rank by, once a batch
         for (keep, method), stages in plan.items():
             name, given = parse(method)[0], None
-            todo = {
-                key: i for i, key in enumerate(keys[keep, method][start : start + batch_size]) if key not in results
-            }
+            column = keys[keep, method][start : start + batch_size]
+            todo = {key: i for i, key in enumerate(column) if key not in results}
             if not todo:
                 continue
             if name in ("teacher", "self_information", "gemfilter"):
@@ -477,14 +473,9 @@ def table(results, model, examples, heads, difference):
     lens, rows = [len(e.prompt) for e in examples], []
     for (keep, method), found in results.items():
         dense = results[keep, "dense"]
-        row = {
-            "method": method,
-            "keep": keep,
-            "prompts": len(lens),
-            "prompt_tokens": sum(lens),
-            "value": sum(r["value"] for r in found) / sum(r["count"] for r in found),
-            "at_floor": sum({*r["alive"]} - {n} == {protected_count(n)} for r, n in zip(found, lens)) / len(lens),
-        }
+        row = {"method": method, "keep": keep, "prompts": len(lens), "prompt_tokens": sum(lens)}
+        row["value"] = sum(r["value"] for r in found) / sum(r["count"] for r in found)
+        row["at_floor"] = sum({*r["alive"]} - {n} == {protected_count(n)} for r, n in zip(found, lens)) / len(lens)
         row |= costs(method, model, lens, found, dense, heads)
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
         if sdtp := results.get((keep, "sdtp")):
@@ -584,26 +575,32 @@ def load(source, config, tokenizer):
     return data.load(source, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
 
 
-def main():
-    config = cli.parse(EvalConfig, __doc__)
-    harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
+def check_flags(config):
+    """ValueError for a flag out of its range, or flags that do not go together; eval_harness.check() for its tasks."""
     cli.at_least(0, config, "limit")
     cli.at_least(-1, config, "num_fewshot")
     cli.at_least(1, config, "prompt_len", "score_len", "batch_size")
     if config.figure and config.tasks != "ppl":
         raise ValueError(f"--figure draws perplexities: leave it out with --tasks {config.tasks}")
-    if not harness and (config.data_dir or config.num_fewshot > 0):
-        raise ValueError(
-            f"--data_dir and --num_fewshot are for tasks of lm-eval: leave them out with --tasks {config.tasks}"
-        )
+    if config.tasks not in ("ppl", "needle"):
+        return
+    if config.data_dir or config.num_fewshot > 0:
+        more = f"leave them out with --tasks {config.tasks}"
+        raise ValueError(f"--data_dir and --num_fewshot are for tasks of lm-eval: {more}")
+    if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
+        raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
+
+
+def main():
+    config = cli.parse(EvalConfig, __doc__)
+    check_flags(config)
+    harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
     if harness:
         import eval_harness  # needs lm-eval, as nothing else here does
 
         tasks = eval_harness.check(config, methods)
-    elif config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
-        raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
     model, folder = cli.load_model(config)
     tokenizer, rows = Tokenizer(folder), []
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
