@@ -627,11 +627,11 @@ def measure_batches(config, model, text, lengths, heads, schedules):
     return rows
 
 
-def measure_marking(config, model, text, lengths, schedules):
-    """--marking: prints and returns the rows of marking() for each of --lengths; a schedule's layers are any's."""
+def measure_marking(config, model, text, lengths, heads, schedules):
+    """--marking: prints and returns the rows of marking() for each of --lengths, of heads of its own at the schedules' layers."""
     if min(lengths) < 80:
         raise ValueError(f"--lengths {min(lengths)}: --marking needs at least 80 tokens, of which 64 are the response")
-    rows, layers = [], list(next(iter(schedules.values())))
+    rows, layers = [], list(next(iter(schedules.values())))  # the same in all
     print(f"{'tokens':>7} {'':<25} {'seconds':>8} {'multiple':>9} {'peak MiB':>9}")
     for n in lengths:
         rows += (new := marking(model, text[:n].to(config.device), layers, config.repeats))
@@ -670,76 +670,77 @@ def load(config, positions):
     return model, folder, fields, heads, schedules
 
 
-def main():
-    config = cli.parse(BenchConfig, __doc__)
-    if config.paper_table:
-        print_paper_table(rows := paper_table())
-        return cli.write_rows(config.json, rows)
-    special = [name for name in ("batches", "marking", "profile") if getattr(config, name)]
-    if len(special) > 1:
-        raise ValueError(f"--{special[0]} and --{special[1]} are two runs: give one of them")
-    kv = compression(config)
-    if special and (config.transformers or config.peers or config.figure or kv):
-        raise ValueError(
-            f"--transformers, --peers, --figure and --kv are for the run by length, without --{special[0]}"
-        )
-    if config.peers and config.shape:
-        raise ValueError("--peers read the checkpoint's folder; --shape has none")
-    lengths = cli.numbers("lengths", config.lengths, int, lambda n: n > 0)
-    if config.batches:
-        torch.manual_seed(config.seed)
-        lengths = torch.randint(200, 2001, (16,)).tolist()
-    cli.at_least(1, config, "repeats")
-    cli.at_least(2, config, "new_tokens")  # the first is the prefill's
-    cli.at_least(0, config, "layers")
-    torch.manual_seed(config.seed)
-    model, folder, fields, heads, schedules = load(config, max(lengths) + config.new_tokens)
-    text = torch.randint(model.config.vocab_size, (max(lengths),))
-    if config.text:
-        text = torch.tensor(Tokenizer(folder).encode(read_text(config.text)))
-    if len(text) < max(lengths):
-        raise ValueError(f"{config.text} has only {len(text)} tokens")
-    limit = model.config.max_position_embeddings
-    if max(lengths) > limit:
-        raise ValueError(
-            f"--lengths {max(lengths)}: beyond the model's {limit} positions; --shape has random weights for any length"
-        )
-    extend_positions(model, max(lengths) + config.new_tokens)
-    if special:
-        if config.batches:
-            rows = measure_batches(config, model, text, lengths, heads, schedules)
-        elif config.marking:
-            rows = measure_marking(config, model, text, lengths, schedules)
-        else:
-            rows = measure_profile(config, model, text, lengths, heads, schedules)
-        return cli.write_rows(config.json, rows, seed=config.seed)
+def measure_lengths(config, model, folder, fields, text, lengths, heads, schedules):
+    """The run by length: prints and writes the rows of measure(), then the fit and the figure."""
     reference, rows, peers = transformers_model(model, folder, fields) if config.transformers else None, [], {}
     if config.peers:
         if model.device.type != "cpu":
             raise ValueError(f"--peers run on the CPU only, not on --device {config.device}")
         page = Tokenizer(folder).encode(Path(__file__).with_name("LICENSE").read_text())[: max(lengths)]
         peers = start_peers(config.peers, model, folder, max(lengths) + config.new_tokens, torch.tensor(page))
+    how = (heads, schedules, reference, config.new_tokens, config.repeats, peers, compression(config))
     print_header()
     for n in lengths:
-        new = measure(
-            model, text[:n].to(config.device), heads, schedules, reference, config.new_tokens, config.repeats, peers, kv
-        )
+        rows += (new := measure(model, text[:n].to(config.device), *how))
         for row in new:
             print_row(row)
-        rows += new
         cli.write_rows(config.json, rows, seed=config.seed)  # after each length: a long run may be cut short
     for peer in peers.values():
         peer.stop()
     if found := fit(rows):
-        linear, attention, off = found
-        print(
-            f"one fit of all rows: linear FLOPs at {linear:.1f} GFLOP/s, attention at {attention:.1f} GFLOP/s,", end=" "
-        )
-        print(f"largest deviation {off:.1%}")
+        said = "linear FLOPs at {:.1f} GFLOP/s, attention at {:.1f} GFLOP/s, largest deviation {:.1%}"
+        print("one fit of all rows:", said.format(*found))
     else:
         print("no fit: these rows cannot tell the time of linear FLOPs from that of attention")
     if config.figure:
         draw(rows, config.figure)
+
+
+SPECIAL = {"batches": measure_batches, "marking": measure_marking, "profile": measure_profile}  # flag: what it runs
+
+
+def check_flags(config):
+    """The flag of SPECIAL that is given, or None; ValueError for a flag out of its range, or flags that do not go together."""
+    special = [name for name in SPECIAL if getattr(config, name)]
+    if len(special) > 1:
+        raise ValueError(f"--{special[0]} and --{special[1]} are two runs: give one of them")
+    kv = compression(config)
+    if special and (config.transformers or config.peers or config.figure or kv):
+        flags = "--transformers, --peers, --figure and --kv"
+        raise ValueError(f"{flags} are for the run by length, without --{special[0]}")
+    if config.peers and config.shape:
+        raise ValueError("--peers read the checkpoint's folder; --shape has none")
+    cli.at_least(1, config, "repeats")
+    cli.at_least(2, config, "new_tokens")  # the first is the prefill's
+    cli.at_least(0, config, "layers")
+    return special[0] if special else None
+
+
+def main():
+    config = cli.parse(BenchConfig, __doc__)
+    if config.paper_table:
+        print_paper_table(rows := paper_table())
+        return cli.write_rows(config.json, rows)
+    special = check_flags(config)
+    lengths = cli.numbers("lengths", config.lengths, int, lambda n: n > 0)
+    torch.manual_seed(config.seed)
+    if config.batches:
+        lengths = torch.randint(200, 2001, (16,)).tolist()
+        torch.manual_seed(config.seed)
+    model, folder, fields, heads, schedules = load(config, max(lengths) + config.new_tokens)
+    text = torch.randint(model.config.vocab_size, (max(lengths),))
+    if config.text:
+        text = torch.tensor(Tokenizer(folder).encode(read_text(config.text)))
+    if len(text) < max(lengths):
+        raise ValueError(f"{config.text} has only {len(text)} tokens")
+    if max(lengths) > (limit := model.config.max_position_embeddings):
+        beyond = f"beyond the model's {limit} positions; --shape has random weights for any length"
+        raise ValueError(f"--lengths {max(lengths)}: {beyond}")
+    extend_positions(model, max(lengths) + config.new_tokens)
+    if special:
+        rows = SPECIAL[special](config, model, text, lengths, heads, schedules)
+        return cli.write_rows(config.json, rows, seed=config.seed)
+    measure_lengths(config, model, folder, fields, text, lengths, heads, schedules)
 
 
 if __name__ == "__main__":
