@@ -350,15 +350,8 @@ def pack(model, examples, layers, config):
     layers = list(layers)
     if not config.label_cache:
         return mark(model, examples, layers, config)
-    run = [
-        "labels and states",
-        fingerprint(model),
-        str(model.norm.weight.dtype),
-        config.teacher,
-        config.label_loss,
-        layers,
-        *[config.noisy_copies] * bool(config.noisy_copies),
-    ]
+    run = ["labels and states", fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
+    run += [layers, *[config.noisy_copies] * bool(config.noisy_copies)]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):  # then whole: a resumed run packs, and rounds, as an unbroken one
@@ -599,21 +592,8 @@ def check_flags(config):
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
-    cli.at_least(
-        1,
-        config,
-        "epochs",
-        "batch_tokens",
-        "accumulate",
-        "checkpoint_every",
-        "step",
-        "rank_pairs",
-        "score_len",
-        "eval_prompts",
-        "span",
-        "list_span",
-        "divisor",
-    )
+    cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
+    cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies")
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
         raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
@@ -658,10 +638,27 @@ def prompts(config, tokenizer, model):
         raise ValueError(
             f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt"
         )
-    model.positions(
-        [max(len(e.prompt) + len(e.response) for e in examples + held_out)]
-    )  # refuses one that is too long now
+    longest = max(len(e.prompt) + len(e.response) for e in examples + held_out)
+    model.positions([longest])  # refuses one that is too long now
     return examples, held_out
+
+
+def measure(model, heads, held_out, schedule, history, config):
+    """Both figures and the table of all methods on the held-out prompts, in out_dir."""
+    out = Path(config.out_dir)
+    draw_losses(history, out / "losses.png")
+    draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
+    n = int(statistics.median(len(e.prompt) for e in held_out))
+    *rest, scoring = executed_flops(model.config, n, schedule.alive(n), heads)
+    share = scoring / (sum(rest) + scoring)
+    print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
+    print(f"now {len(held_out)} held-out prompts", flush=True)
+    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
+    rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
+    print_table(rows)
+    for path in (config.json, out / "eval.json"):
+        cli.write_rows(path, rows, source=config.data, seed=config.seed)
+    print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 
 def main():
@@ -690,34 +687,13 @@ def main():
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()
-
     schedule = calibrate(model, [e.prompt for e in examples[:CALIBRATION_PROMPTS]], heads, schedule)
-    out = Path(config.out_dir)
-    save_heads(
-        out / "heads",
-        heads,
-        model,
-        schedule,
-        prompts=len(examples),
-        **cli.ORIGIN,
-        **{k: v for k, v in run_flags(config).items() if k not in cli.ORIGIN},
-    )
-    draw_losses(history, out / "losses.png")
-    draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
-    n = int(statistics.median(len(e.prompt) for e in held_out))
-    *rest, scoring = executed_flops(model.config, n, schedule.alive(n), heads)
-    share = scoring / (sum(rest) + scoring)
-    print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
-    print(f"now {len(held_out)} held-out prompts", flush=True)
-    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
-    rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
-    print_table(rows)
-    for path in (config.json, out / "eval.json"):
-        cli.write_rows(path, rows, source=config.data, seed=config.seed)
-    (out / "checkpoint.safetensors").unlink()
+    info = run_flags(config) | cli.ORIGIN
+    save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
+    measure(model, heads, held_out, schedule, history, config)
+    (Path(config.out_dir) / "checkpoint.safetensors").unlink()
     if own_cache:
         shutil.rmtree(config.label_cache)
-    print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 
 if __name__ == "__main__":
