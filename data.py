@@ -219,14 +219,15 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
 def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=100):
     """Needle, copy and window Examples of a text, one of each in turn, of prompt_len and of twice as many tokens.
 
-    count: of each kind at most; those held out in other words, with other answers.
+    count: of each kind at most, and of the long windows twice as many, as there is no shorter way to learn what plain text
+    reads of long ago; those held out in other words, with other answers.
     """
     examples = []
-    for length in (prompt_len, 2 * prompt_len):
+    for length, most in ((prompt_len, count // 2), (2 * prompt_len, 2 * count)):
         needles = needle_examples(text, tokenizer, length, count // 2, held_out, seed=length + held_out)
         copies = copy_examples(text, tokenizer, length, count // 2, score_len)
         windows = text_windows(text, tokenizer, length, score_len)
-        windows = windows[:: len(windows) // (count // 2) + 1]
+        windows = windows[:: len(windows) // most + 1]
         examples.append(in_turn(needles, copies, windows))
     return in_turn(*examples)
 

@@ -37,8 +37,10 @@ def label(model, ids, layers, teacher=TEACHER, seqlens=None, prompt_lens=None, c
 
     grad_x_input       |sum_d dT/dx_d * x_d|       paper eq. 3, with the absolute value
     grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
-    response_attention mean over that layer and all later ones of the largest head's attention from the scored rows: what
-                       the response reads of a token. A loss has no gradient where copying goes well. No backward pass.
+    response_attention mean over that layer and all later ones of what the response reads of a token: the scored rows'
+                       attention to it times its value's norm, the largest head's (Kobayashi et al. 2020: tokens that get
+                       attention for want of another have small values). A loss has no gradient where copying goes well.
+                       No backward pass.
     attention_entropy  1 - mean over heads of H_i / log(visible tokens of i), H_i the entropy of token
                        i's attention at that layer: a token that looks somewhere in particular matters.
                        A token that sees only itself has entropy 0. Needs no loss.
@@ -130,11 +132,13 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
     starts, received = [1] * len(seqlens) if prompt_lens is None else prompt_lens, []
 
     def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-        parts = []
-        for q_, k_, p, start in zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens), starts):
+        parts, sizes = [], v.float().norm(dim=-1).repeat_interleave(q.shape[1] // v.shape[1], 1).T  # (Hq, T)
+        each = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens), sizes.split(seqlens, 1), starts)
+        for q_, k_, p, size, start in each:
             scoring = slice(start - 1, -1)  # the rows that predict a scored token
             rows = zip(q_[scoring].split(block), p[scoring].split(block))
-            parts.append(sum(attention_weights(qs, k_, ps, p, window).sum(1) for qs, ps in rows).amax(0))
+            seen = sum(attention_weights(qs, k_, ps, p, window).sum(1) for qs, ps in rows)
+            parts.append((seen * size).amax(0))
         received.append(torch.cat(parts))
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
 

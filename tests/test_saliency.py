@@ -102,8 +102,8 @@ def test_entropy_equals_transformers(fields, tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
 @pytest.mark.parametrize("starts", [None, [15, 5, 8]])
 def test_response_attention_equals_transformers(fields, starts, tmp_path):
-    """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, the largest
-    head's, mean over the layers from there on; in a ragged batch, by blocks of rows."""
+    """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, times its
+    value's norm, the largest head's, mean over the layers from there on; in a ragged batch, by blocks of rows."""
     from transformers import AutoModelForCausalLM
 
     tiny.write(tmp_path, **fields)
@@ -113,12 +113,18 @@ def test_response_attention_equals_transformers(fields, starts, tmp_path):
     model = Transformer.from_pretrained(tmp_path, torch.float64)
     labels, states = saliency.mark(model, torch.cat(parts), [0, 2], "response_attention", seqlens, starts)
     blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 2], seqlens, starts, block=3)
+    values = {}  # {layer: (n, key heads * head_dim)}
+    for layer, block in enumerate(hf.model.layers):
+        block.self_attn.v_proj.register_forward_hook(lambda _, x, v, layer=layer: values.update({layer: v[0]}))
     for i, (ids, n) in enumerate(zip(parts, seqlens)):
         out = hf(ids[None], output_attentions=True, output_hidden_states=True)
         rows = range((starts[i] if starts else 1) - 1, n - 1)
         best = []  # per layer and token
-        for maps in out.attentions:
-            heads = [[sum(maps[0, h, q, k].item() for q in rows) for k in range(n)] for h in range(4)]
+        for layer, maps in enumerate(out.attentions):
+            size = (
+                values[layer].unflatten(-1, (2, -1)).norm(dim=-1).tolist()
+            )  # per token and key head, of two heads each
+            heads = [[sum(maps[0, h, q, k].item() for q in rows) * size[k][h // 2] for k in range(n)] for h in range(4)]
             best.append([max(head[k] for head in heads) for k in range(n)])
         for layer in (0, 2):
             later = best[layer:]
