@@ -21,6 +21,7 @@ HELD_OUT = 0.1  # share of every source
 class Example(NamedTuple):
     prompt: list  # token ids
     response: list  # token ids
+    text: bool = False  # the response goes on where the prompt ends, as plain text does
 
 
 def read_text(path):
@@ -124,7 +125,7 @@ def text_windows(text, tokenizer, prompt_len, score_len):
     prefix, ids = [tokenizer.bos_token_id] * tokenizer.adds_bos, encoded(text, tokenizer)
     fresh = prompt_len - len(prefix)
     starts = range(0, len(ids) - fresh - score_len + 1, fresh + score_len)
-    return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len]) for s in starts]
+    return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len], True) for s in starts]
 
 
 NEEDLES = (  # (statement, question): to train on, and to measure on, in other words

@@ -103,7 +103,9 @@ def score(model, examples, rankers=None, schedule=None, kv=None):
     Returns (nats per response token, (S,) per example; tokens alive per layer, a list per example; seconds of
     the prefill).
     """
-    prompts, responses = ([torch.tensor(ids, device=model.device) for ids in part] for part in zip(*examples))
+    prompts, responses = (
+        [torch.tensor(ids, device=model.device) for ids in part] for part in zip(*(e[:2] for e in examples))
+    )
     prompt_lens, scored = [len(p) for p in prompts], [len(r) for r in responses]
     sizes = [n + s for n, s in zip(prompt_lens, scored)]
     positions = [p[n:] for p, n in zip(model.positions(sizes).split(sizes), prompt_lens)]
@@ -371,7 +373,7 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
             kept = stages and [[layer, alive_count(len(example.prompt), share)] for layer, share in stages.items()]
             if stages and stages.adaptive:
                 kept = stages.drop_mass | {layer: 0.0 for layer, share in stages.items() if not share}
-            parts = json.dumps([*base, example, name, stages and [stages.span, kept], own.get(name)])
+            parts = json.dumps([*base, example[:2], name, stages and [stages.span, kept], own.get(name)])
             keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + (f"+{kv}" if kv else ""))
     return keys
 

@@ -231,17 +231,22 @@ class PruneHead(nn.Module):
     position: logarithms of the distances to the end and to the beginning, their share and the prompt's length;
     matches: products of rank 16 between each token and the last 32, that many of them, pooled over these by
     maximum and log-mean-exp: a token's causal state cannot know a question that comes after it, but its end can;
+    ending: a projection of the mean of the last 32, for all tokens alike: what else counts may depend on how a prompt ends
+    (a question asks for some of what is before it, plain text goes on with what is recent);
     attention: number of the model's attention heads, whose weights in the block to come each token's features are: how
     much the last 32 tokens attend to it, and how much they and 64 tokens spread over the prompt do (H2O's score, sampled).
     dropout: on the hidden layer, in training.
     """
 
-    def __init__(self, hidden_size, divisor=4, norm=False, position=False, matches=0, attention=0, dropout=0.0):
+    def __init__(
+        self, hidden_size, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, dropout=0.0
+    ):
         super().__init__()
         self.options = {
-            "divisor": divisor, "norm": norm, "position": position, "matches": matches, "attention": attention,
+            "divisor": divisor, "norm": norm, "position": position, "matches": matches, "ending": ending,
+            "attention": attention,
         }  # fmt: skip
-        self.norm, self.position, self.matches = norm, position, matches
+        self.norm, self.position, self.matches, self.ending = norm, position, matches, ending
         self.attention, self.dropout = attention, dropout
         width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention
         self.fc1 = nn.Linear(hidden_size, width)
@@ -250,6 +255,8 @@ class PruneHead(nn.Module):
             self.features = nn.Linear(features, width, bias=False)
         if matches:
             self.q_proj, self.k_proj = (nn.Linear(hidden_size, matches * RANK, bias=False) for _ in range(2))
+        if ending:
+            self.end_proj = nn.Linear(hidden_size, width, bias=False)
 
     def logits(self, x, positions=None, seqlens=None, block=None):
         """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop; positions, seqlens, block: see forward()."""
@@ -260,6 +267,10 @@ class PruneHead(nn.Module):
         features += self.match_features(x, seqlens) if self.matches else []
         if features:
             hidden = hidden + self.features(torch.cat(features, -1))
+        if self.ending:
+            ends = torch.stack([rows[-QUERIES:].mean(0) for rows in x.split(seqlens)])  # (B, hidden_size)
+            sizes = torch.tensor(seqlens, device=x.device)
+            hidden = hidden + linear(self.end_proj, ends).float().repeat_interleave(sizes, 0)
         return self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
 
     def position_features(self, positions, seqlens):
@@ -302,20 +313,21 @@ class PruneHead(nn.Module):
 
     def flops(self, rows, config=None):
         """FLOPs of scoring that many tokens of one prompt; config: the model's, for attention."""
-        linears = [m for m in self.children() if m is not getattr(self, "q_proj", None)]
+        linears = [m for name, m in self.named_children() if name not in ("q_proj", "end_proj")]
         queries = min(QUERIES, rows) if self.matches else 0
-        q_proj = queries * self.q_proj.weight.numel() if self.matches else 0
+        few = queries * self.q_proj.weight.numel() if self.matches else 0
+        few += self.end_proj.weight.numel() if self.ending else 0
         products = rows * queries * self.matches * RANK
         if self.attention:
             sampled, width = len(sampled_rows(rows)), config.head_dim * config.num_attention_heads
             kv_width = config.head_dim * config.num_key_value_heads
             products += config.hidden_size * (rows * kv_width + sampled * width) + rows * sampled * width
-        return 2 * (rows * sum(m.weight.numel() for m in linears) + q_proj + products)
+        return 2 * (rows * sum(m.weight.numel() for m in linears) + few + products)
 
     def forward(self, x, positions=None, seqlens=None, block=None):
         """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32.
 
-        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches and attention.
+        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches, ending and attention.
         """
         keep, drop = self.logits(x, positions, seqlens, block).unbind(-1)
         return keep - drop

@@ -34,7 +34,14 @@ from sdtp import Schedule, alive_count, executed_flops, load_heads, write_atomic
 from tokenizer import Tokenizer
 from train import PAPER, TrainConfig
 
-BARE = {"norm": False, "position": False, "matches": 0, "attention": False, "dropout": 0.0}  # the paper's head
+BARE = {
+    "norm": False,
+    "position": False,
+    "matches": 0,
+    "ending": False,
+    "attention": False,
+    "dropout": 0.0,
+}  # the paper's head
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {
@@ -53,7 +60,8 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         "plain": BARE,
         "+ norm": BARE | {"norm": True},
         "+ position": BARE | {"norm": True, "position": True},
-        "+ matches": {"attention": False, "dropout": 0.0},
+        "+ matches": {"ending": False, "attention": False, "dropout": 0.0},
+        "+ ending": {"attention": False, "dropout": 0.0},
         "+ dropout": {"attention": False},
         **{f"+ attention, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
     },

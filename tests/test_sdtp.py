@@ -624,8 +624,9 @@ OPTIONS = {
     "norm": dict(norm=True),
     "position": dict(position=True),
     "matches": dict(matches=3),
+    "ending": dict(ending=True),
     "attention": dict(attention=4),
-    "all": dict(divisor=1, norm=True, position=True, matches=2, attention=4),
+    "all": dict(divisor=1, norm=True, position=True, matches=2, ending=True, attention=4),
 }
 each_head = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 ALIVE = [[*range(4), *range(7, 60), 63], [0, 1, 5, 6, 40], [0]]  # positions of prompts that have lost tokens
@@ -669,7 +670,7 @@ def loop_attention(block, x, positions):
     return features
 
 
-def loop_score(head, x, positions, block, divisor=4, norm=False, position=False, matches=0, attention=0):
+def loop_score(head, x, positions, block, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0):
     """A head's scores of one prompt, token by token, in float64 and plain Python but for the products of a matrix and a row."""
     weights, n = {name: p.double() for name, p in head.state_dict().items()}, positions[-1] + 1
     assert weights["fc1.weight"].shape == (32 // divisor, 32)
@@ -692,6 +693,8 @@ def loop_score(head, x, positions, block, divisor=4, norm=False, position=False,
             features += [math.log(sum(math.exp(v) for v in d) / len(d)) for d in dots]
         if features:
             hidden = hidden + weights["features.weight"] @ torch.tensor(features, dtype=torch.float64)
+        if ending:
+            hidden = hidden + weights["end_proj.weight"] @ (sum(rows[-32:]) / len(rows[-32:]))
         hidden = torch.tensor([h * 0.5 * (1 + math.erf(h / 2**0.5)) for h in hidden.tolist()], dtype=torch.float64)
         keep, drop = (weights["fc2.weight"] @ hidden + weights["fc2.bias"]).tolist()
         scores.append(keep - drop)
@@ -719,6 +722,7 @@ def test_options_equal_loops(options, window):
     # what is not asked for has no weights, and with no option the head is the paper's
     names = {name.split(".")[0] for name in head.state_dict()} - {"fc1", "fc2"}
     wanted = {"position": {"features"}, "attention": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
+    wanted["ending"] = {"end_proj"}
     assert names == set().union(*(wanted.get(name, set()) for name in options))
 
 

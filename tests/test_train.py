@@ -438,7 +438,7 @@ def test_label_cache(tmp_path, monkeypatch):
 FLAGS = (
     "--dtype float32 --device cpu --first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80"
     " --checkpoint_every 10 --epochs 2 --eval_prompts 2 --accumulate 2 --rank_pairs 40"
-    " --stages 2 --span 3 --matches 0 --no-attention --lm_weight 0.1 --mse_weight 1 --rank_weight 1"
+    " --stages 2 --span 3 --matches 0 --no-ending --no-attention --lm_weight 0.1 --mse_weight 1 --rank_weight 1"
 )
 
 
@@ -518,7 +518,7 @@ def test_recipes(world, monkeypatch, capsys, recipe):
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
-        bare = {"norm": False, "position": False, "matches": 0, "attention": 0}
+        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0}
         assert meta["head"] == {"divisor": 4, **bare} and meta["span"] == 1
         assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
@@ -526,6 +526,26 @@ def test_recipes(world, monkeypatch, capsys, recipe):
         assert "list" in log[0] and not {"lm", "mse", "rank", "alive"} & log[0].keys() and len(log) == 12
         assert 6 * 38 < sum(marked) < 3 * 6 * 38
         assert list(meta["schedule"]) == ["0"] and meta["teacher"] == "response_attention"
+
+
+@pytest.mark.parametrize("cache", ["", "labels"])
+def test_recent_labels(tmp_path, cache):
+    """Labels of plain text grow towards the prompt's end, those of other prompts stay; the label cache holds them as marked."""
+    model, (a, b) = (
+        tiny.build(torch.float32),
+        (Example(tiny.ids(12).tolist(), tiny.ids(4).tolist(), text) for text in (True, False)),
+    )
+    config = train.TrainConfig(recency=0.0, label_cache=str(tmp_path / cache) if cache else "")
+    plain = train.pack(model, [a, b], [0, 2], config)[3]
+    config.recency = 3.0
+    for _ in range(2):  # from the cache too
+        labels = train.pack(model, [a, b], [0, 2], config)[3]
+        for layer in (0, 2):
+            growth = (labels[layer] / plain[layer])[plain[layer] > 0]
+            expected = torch.tensor(
+                [math.exp(3 * i / 12) for i in range(15)] + [1.0] * 15
+            )  # nothing reads the last token
+            torch.testing.assert_close(growth, expected)
 
 
 def test_list_loss():
