@@ -628,10 +628,10 @@ def measure_batches(config, model, text, lengths, heads, schedules):
 
 
 def measure_marking(config, model, text, lengths, heads, schedules):
-    """--marking: prints and returns the rows of marking() for each of --lengths, of heads of its own at the schedules' layers."""
+    """--marking: prints and returns the rows of marking() for each of --lengths, at the schedules' layers; heads: not used."""
     if min(lengths) < 80:
         raise ValueError(f"--lengths {min(lengths)}: --marking needs at least 80 tokens, of which 64 are the response")
-    rows, layers = [], list(next(iter(schedules.values())))  # the same in all
+    rows, layers = [], next(iter(schedules.values())).scored()  # the same in all
     print(f"{'tokens':>7} {'':<25} {'seconds':>8} {'multiple':>9} {'peak MiB':>9}")
     for n in lengths:
         rows += (new := marking(model, text[:n].to(config.device), layers, config.repeats))

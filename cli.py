@@ -72,9 +72,10 @@ def run_logged(script, flags, log):
     """Run another script with these flags, its output appended to the file `log`; what went wrong in one line, or None."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
     with open(log, "ab") as file:
+        before = file.tell()
         status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
     if status:
-        last = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        last = Path(log).read_bytes()[before:].decode(errors="replace").strip().splitlines()[-1:]
         return f"failed with status {status}, see {log}: {' '.join(last)}"
 
 

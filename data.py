@@ -220,8 +220,8 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
 def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=100):
     """Needle, copy and window Examples of a text, one of each in turn, of prompt_len and of twice as many tokens.
 
-    count: of each kind at most, and of the long windows twice as many, as there is no shorter way to learn what plain text
-    reads of long ago; those held out in other words, with other answers.
+    count: of needles and of copies at most, half of either length; windows: half as many short ones and twice as many
+    long ones, from which what plain text reads of long ago is learnt. Those held out: in other words, with other answers.
     """
     examples = []
     for length, most in ((prompt_len, count // 2), (2 * prompt_len, 2 * count)):

@@ -103,9 +103,8 @@ def score(model, examples, rankers=None, schedule=None, kv=None):
     Returns (nats per response token, (S,) per example; tokens alive per layer, a list per example; seconds of
     the prefill).
     """
-    prompts, responses = (
-        [torch.tensor(ids, device=model.device) for ids in part] for part in zip(*(e[:2] for e in examples))
-    )
+    prompts = [torch.tensor(e.prompt, device=model.device) for e in examples]
+    responses = [torch.tensor(e.response, device=model.device) for e in examples]
     prompt_lens, scored = [len(p) for p in prompts], [len(r) for r in responses]
     sizes = [n + s for n, s in zip(prompt_lens, scored)]
     positions = [p[n:] for p, n in zip(model.positions(sizes).split(sizes), prompt_lens)]
@@ -365,7 +364,7 @@ def result_keys(task, model, examples, plan, heads, seed, labels):
     """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
     own = dict.fromkeys(WITH_HEADS, heads and hashlib.sha256(heads_bytes(heads)).hexdigest())
-    own |= {"random": seed, "teacher": labels}
+    own |= {"random": seed, "teacher": [saliency.LABELS, *labels]}
     keys = {}
     for (keep, method), stages in plan.items():
         name, kv, keys[keep, method] = parse(method)[0], compressed(method), []
@@ -578,25 +577,25 @@ def load(source, config, tokenizer):
 
 
 def check_flags(config):
-    """ValueError for a flag out of its range, or flags that do not go together; eval_harness.check() for its tasks."""
+    """Whether the tasks are lm-eval's; ValueError for a flag out of its range, or flags that do not go together."""
     cli.at_least(0, config, "limit")
     cli.at_least(-1, config, "num_fewshot")
     cli.at_least(1, config, "prompt_len", "score_len", "batch_size")
     if config.figure and config.tasks != "ppl":
         raise ValueError(f"--figure draws perplexities: leave it out with --tasks {config.tasks}")
     if config.tasks not in ("ppl", "needle"):
-        return
+        return True
     if config.data_dir or config.num_fewshot > 0:
         more = f"leave them out with --tasks {config.tasks}"
         raise ValueError(f"--data_dir and --num_fewshot are for tasks of lm-eval: {more}")
     if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
+    return False
 
 
 def main():
     config = cli.parse(EvalConfig, __doc__)
-    check_flags(config)
-    harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
+    harness, methods = check_flags(config), config.methods.split(",")
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
     if harness:

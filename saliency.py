@@ -1,4 +1,4 @@
-"""The teacher: how much each prompt token matters at each layer, from one dense forward and one backward.
+"""The teacher: how much each prompt token matters at each layer, from one dense forward and, for some, one backward.
 
 python saliency.py --prompt_file README.md      # heat map and sparsity curve (paper figures 1 and 2)
 """
@@ -16,6 +16,7 @@ from model import attend, attention_weights, visible
 
 TEACHERS = ("grad_x_input", "grad_norm", "response_attention", "attention_entropy")
 TEACHER, LABEL_LOSS = "response_attention", "response"  # the default of train.py and eval_tasks.py
+LABELS = 2  # to be raised when what a teacher gives changes: in the keys of all that is cached
 
 
 def scored_rows(seqlens, starts):

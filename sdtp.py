@@ -268,9 +268,8 @@ class PruneHead(nn.Module):
         if features:
             hidden = hidden + self.features(torch.cat(features, -1))
         if self.ending:
-            ends = torch.stack([rows[-QUERIES:].mean(0) for rows in x.split(seqlens)])  # (B, hidden_size)
-            sizes = torch.tensor(seqlens, device=x.device)
-            hidden = hidden + linear(self.end_proj, ends).float().repeat_interleave(sizes, 0)
+            ends = linear(self.end_proj, torch.stack([rows[-QUERIES:].mean(0) for rows in x.split(seqlens)])).float()
+            hidden = hidden + torch.cat([end.expand(n, -1) for end, n in zip(ends, seqlens)])
         return self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
 
     def position_features(self, positions, seqlens):

@@ -34,20 +34,16 @@ from sdtp import Schedule, alive_count, executed_flops, load_heads, write_atomic
 from tokenizer import Tokenizer
 from train import PAPER, TrainConfig
 
-BARE = {
-    "norm": False,
-    "position": False,
-    "matches": 0,
-    "ending": False,
-    "attention": False,
-    "dropout": 0.0,
-}  # the paper's head
+BARE = {n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "dropout")}  # the paper's head
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
-    "teacher": {
-        **{f"{t}, {loss}": {"teacher": t, "label_loss": loss} for t in ("grad_norm", "grad_x_input") for loss in ("response", "all")},
-        **{t: {"teacher": t} for t in ("response_attention", "attention_entropy")},
-        **{f"grad_norm, response, {k} noisy copies": {"teacher": "grad_norm", "noisy_copies": k} for k in (4, 8)},
+    "teacher": {  # their labels as they are
+        name: fields | {"recency": 0.0}
+        for name, fields in {
+            **{f"{t}, {loss}": {"teacher": t, "label_loss": loss} for t in ("grad_norm", "grad_x_input") for loss in ("response", "all")},
+            **{t: {"teacher": t} for t in ("response_attention", "attention_entropy")},
+            **{f"grad_norm, response, {k} noisy copies": {"teacher": "grad_norm", "noisy_copies": k} for k in (4, 8)},
+        }.items()
     },
     "losses": {
         "paper": PAPER,
@@ -66,7 +62,8 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         **{f"+ attention, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
     },
     "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
-    "stages": {**{str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)}, "ours": {}},
+    "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)} | {"ours": {}},
+    "recency": {str(r): {"recency": r} for r in (0.0, 2.0, 4.0, 8.0)},
     "prompts": {str(n or "all"): {"max_prompts": n} for n in (125, 250, 500, 1000, 2000, 0)},
     "seeds": {str(seed): {"seed": seed} for seed in range(3)},
 }  # fmt: skip
@@ -274,7 +271,9 @@ def measure(model, examples, schedules, config, heads, path):
     spans = [s and Schedule(len(model.layers), s, span=config.span) for s in schedules]
     layers = sorted({layer for s in spans if s for layer in s})
     how = [config.ckpt, config.scorer, config.heads, config.span, spans, saliency.TEACHER, str(model.norm.weight.dtype)]
-    keys = [hashlib.sha256(json.dumps([*how, example]).encode()).hexdigest() for example in examples]
+    keys = [
+        hashlib.sha256(json.dumps([saliency.LABELS, *how, example[:2]]).encode()).hexdigest() for example in examples
+    ]
     known = read_json(path) if path.is_file() else {}
     for i, (key, example) in enumerate(zip(keys, examples, strict=True)):
         if key not in known:

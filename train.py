@@ -104,7 +104,8 @@ class TrainConfig:
 
 
 # {share of the layers below a stage: share of the prompt kept}: one early stage, as what an answer copies must be alive where
-# it is read, and a late one, where hardly anything still is (results/LOG.md, sessions 4 and 5); shares fitted to --ratio.
+# it is read, and a late one, where hardly anything still is (results/LOG.md, sessions 4 to 6); shares fitted to --ratio.
+# Found on 30 layers; a model of 16 or fewer has too few between them: give --stages or --shares.
 OUR_STAGES = {1 / 15: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
@@ -359,8 +360,8 @@ def pack(model, examples, layers, config):
 def recent_labels(labels, examples, recency):
     """Labels (T,) of the layers, those of plain text times e^(recency * position / prompt tokens).
 
-    What a text goes on with is mostly recent. Which of the old it reads is hard to foretell, and heads that try do worse than
-    recency alone (+6.3 % perplexity; +1.8 % by these labels; 8 windows of WikiText-2, results/LOG.md, session 6).
+    What a text goes on with is mostly recent. Which of the old it reads is hard to foretell, and heads that try do worse
+    than recency alone (results/LOG.md, session 6).
     """
     positions = [torch.arange(len(e.prompt) + len(e.response)) * (e.text / len(e.prompt)) for e in examples]
     return {layer: label * torch.exp(recency * torch.cat(positions)).to(label) for layer, label in labels.items()}
@@ -368,7 +369,7 @@ def recent_labels(labels, examples, recency):
 
 def marked_once(model, examples, layers, config):
     """mark() through --label_cache: what is in it costs no pass."""
-    run = ["labels and states", fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
+    run = [saliency.LABELS, fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
     run += [layers, *[config.noisy_copies] * bool(config.noisy_copies)]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
@@ -441,7 +442,8 @@ def saved_flags(config):
             f"--resume: the run in {config.out_dir} was begun by an older train.py, without --{min(unknown)}"
         )
     for name, value in run_flags(config).items():
-        if name in config.given and value not in (saved[name], "", "auto"):  # for "" and auto the run has chosen
+        chosen = name in ("data", "device", "dtype") and value in ("", "auto")  # by the run
+        if name in config.given and not chosen and value != saved[name]:
             raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")
         setattr(config, name, saved[name])
 
@@ -487,7 +489,7 @@ def draw_losses(history, path):
 
 @torch.no_grad()
 def draw_predictions(model, heads, examples, schedule, config, path):
-    """Predicted score against teacher's label per stage, as ranks within held-out prompts (dense states)."""
+    """Predicted score against label per stage, as ranks within held-out prompts (dense states)."""
     import matplotlib.pyplot as plt
 
     points = {layer: [] for layer in heads}
@@ -505,7 +507,7 @@ def draw_predictions(model, heads, examples, schedule, config, path):
         label, score = torch.cat(parts, dim=1).cpu()
         axis.scatter(label, score, s=1, alpha=0.3)
         correlation = torch.corrcoef(torch.stack((label, score)))[0, 1]
-        axis.set(title=f"layer {layer}, rho {correlation:.2f}", xlabel="teacher (rank)")
+        axis.set(title=f"layer {layer}, rho {correlation:.2f}", xlabel="label (rank)")
     axes[0, 0].set_ylabel("head (rank)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -531,7 +533,7 @@ def new_head(model, config):
     options = config.divisor, config.norm, config.position, config.matches, config.ending, attention, config.dropout
     head = PruneHead(model.config.hidden_size, *options)
     torch.nn.init.zeros_(head.fc2.weight)
-    if config.ending:
+    if config.ending:  # grows as it is of use
         torch.nn.init.zeros_(head.end_proj.weight)
     return head.to(model.device)
 
@@ -614,7 +616,7 @@ def check_flags(config):
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
-    cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies")
+    cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies", "recency")
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
         raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
     if config.distill and not config.lm_weight:

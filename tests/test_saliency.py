@@ -121,9 +121,7 @@ def test_response_attention_equals_transformers(fields, starts, tmp_path):
         rows = range((starts[i] if starts else 1) - 1, n - 1)
         best = []  # per layer and token
         for layer, maps in enumerate(out.attentions):
-            size = (
-                values[layer].unflatten(-1, (2, -1)).norm(dim=-1).tolist()
-            )  # per token and key head, of two heads each
+            size = values[layer].unflatten(-1, (2, -1)).norm(dim=-1).tolist()  # of tokens' key heads, each of two heads
             heads = [[sum(maps[0, h, q, k].item() for q in rows) * size[k][h // 2] for k in range(n)] for h in range(4)]
             best.append([max(head[k] for head in heads) for k in range(n)])
         for layer in (0, 2):
