@@ -565,7 +565,8 @@ def train(model, heads, examples, schedule, config):
     first, history = start_or_resume(config, heads, optimizer)
     out, steps, begin, prompts = Path(config.out_dir), len(groups), time.perf_counter(), 0
     print(
-        f"{len(examples)} prompts, {steps - first} of {steps} steps to go, heads at layers {', '.join(map(str, heads))}",
+        f"{len(examples)} prompts, {steps - first} of {steps} steps to go, share kept from layer",
+        ", ".join(f"{layer}: {share:.3g}" for layer, share in schedule.items()),
         flush=True,
     )
     for step in range(first, steps):
