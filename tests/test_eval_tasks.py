@@ -233,6 +233,21 @@ def method_flops_by_hand(method, model, n, alive):
     return total
 
 
+@tiny.on_cuda
+def test_cuda_equals_cpu():
+    """Every method's loss and tokens alive on CUDA, with heads of all options, are those on the CPU."""
+    torch.manual_seed(0)
+    options = {"norm": True, "position": True, "matches": 2, "ending": True, "attention": 4}
+    model, heads = tiny.build(**DEEPER), {layer: PruneHead(32, **options) for layer in STAGES}
+    methods = [*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"]
+    how = {"training": [e.prompt for e in EXAMPLES], "batch_size": 2}
+    expected = perplexity(model, EXAMPLES, methods, STAGES, heads, **how)
+    got = perplexity(model.cuda(), EXAMPLES, methods, STAGES, {i: h.cuda() for i, h in heads.items()}, **how)
+    for a, b in zip(got, expected, strict=True):
+        assert (a["method"], a["mean_alive"]) == (b["method"], b["mean_alive"])
+        assert a["method"].startswith("random") or a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.9, 0.8])
 @pytest.mark.parametrize("span", ["", "@1", "@4", "@4@2", "@1@0"])
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"dense"}))

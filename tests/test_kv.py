@@ -231,6 +231,18 @@ def test_packed_equals_single(method):
                 torch.testing.assert_close(t.split(a.seqlens)[i], u, rtol=0, atol=1e-10)
 
 
+@tiny.on_cuda
+@each_method
+def test_cuda_equals_cpu(method):
+    """After a pruned prefill on CUDA a ragged batch holds what it does on the CPU."""
+    model, kv, ids = tiny.build(), Compression(method, 0.7), torch.cat([tiny.ids(n) for n in LENS])
+    expected = prefill(model, ids, dict.fromkeys(STAGES, scorers.norm), STAGES, LENS, kv=kv)[1]
+    got = prefill(model.cuda(), ids.cuda(), dict.fromkeys(STAGES, scorers.norm), STAGES, LENS, kv=kv)[1]
+    for a, b in zip(got.layers, expected.layers):
+        for t, u in zip(a.rows(), b.rows(), strict=True):
+            torch.testing.assert_close(t.cpu(), u, rtol=0, atol=1e-9)
+
+
 def test_bytes_fall():
     """Allocated are the tokens held and those to come; a layer that SDTP leaves fewer than the budget keeps them all."""
     model, stages = tiny.build(), Schedule(3, {1: 0.5, 2: 0.25})

@@ -267,8 +267,7 @@ def test_cache_refuses_other_sequences(step):
         m(tiny.ids(sum(step)), torch.full((sum(step),), 5), step, cache)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@tiny.on_cuda
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("lens", [[40], [40, 7, 300]])
 def test_attend_cache_on_cuda(lens, window):
@@ -387,8 +386,7 @@ def test_attend_cache_in_bfloat16(monkeypatch):
     assert 0 < ours <= 1.02 * sdpa < 1e-4
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@tiny.on_cuda
 @pytest.mark.parametrize(
     "seqlens, k_seqlens", [([40, 1, 300], [40, 1, 300]), ([1, 1, 1], [40, 7, 300]), ([3, 1, 50], [40, 7, 300])]
 )

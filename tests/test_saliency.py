@@ -76,6 +76,18 @@ def test_packed_equals_single(teacher, response):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
+@tiny.on_cuda
+@pytest.mark.parametrize("teacher", saliency.TEACHERS)
+def test_cuda_equals_cpu(teacher):
+    """Labels of packed sequences on CUDA are the CPU's, blocks recomputed as there by default."""
+    model, seqlens, prompt_lens = tiny.build(), [9, 17, 6], [5, 12, 4]
+    ids = torch.cat([tiny.ids(n, seed=n) for n in seqlens])
+    expected = label(model, ids, [1, 2], teacher, seqlens, prompt_lens)
+    got = label(model.cuda(), ids.cuda(), [1, 2], teacher, seqlens, prompt_lens, checkpoint_blocks=True)
+    for layer in (1, 2):
+        torch.testing.assert_close(got[layer].cpu(), expected[layer], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
 def test_entropy_equals_transformers(fields, tmp_path):
     """attention_entropy is 1 - mean entropy / log(visible tokens) of transformers' eager attention weights."""

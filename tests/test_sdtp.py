@@ -913,8 +913,7 @@ def test_write_atomic(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- on CUDA
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@tiny.on_cuda
 @each_model
 def test_cuda_equals_cpu(fields):
     """Pruned prefill and greedy generation of a ragged batch on CUDA, in float64, keep the tokens and logits of the CPU."""

@@ -528,6 +528,31 @@ def test_recipes(world, monkeypatch, capsys, recipe):
         assert list(meta["schedule"]) == ["0"] and meta["teacher"] == "response_attention"
 
 
+@tiny.on_cuda
+def test_run_on_cuda(world, monkeypatch, capsys):
+    """The same run on CUDA, the paper's losses and a killed run's resumption included, learns as on the CPU and measures all methods."""
+    run(world, "cuda", monkeypatch, "--device", "cuda")
+    rows, expected = (json.loads((world / out / "eval.json").read_text()) for out in ("cuda", "unbroken"))
+    assert [r["method"] for r in rows] == [r["method"] for r in expected] and rows[0]["device"] == "cuda"
+    for row, other in zip(rows, expected):
+        assert row["method"] in ("sdtp", "random") or row["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    first, other = (json.loads((world / out / "log.jsonl").read_text().splitlines()[0]) for out in ("cuda", "unbroken"))
+    for name in ("list", "mse", "rank"):  # before any update; L_lm sees Gumbel noise of another generator
+        assert first[name] == pytest.approx(other[name], rel=1e-3)
+    with pytest.raises(SystemExit):  # stopped after its first step, by a loss that is no number
+        with monkeypatch.context() as patch:
+            steps = iter([train.train_step])
+            patch.setattr(train, "train_step", lambda *args: next(steps, stop)(*args))
+            run(world, "cuda_killed", patch, "--device", "cuda", "--checkpoint_every", "1")
+    run(world, "cuda_killed", monkeypatch, "--device", "cuda", "--checkpoint_every", "1", "--resume")
+    assert steps_logged(world / "cuda_killed") == steps_logged(world / "cuda")
+    assert (world / "cuda_killed" / "heads" / "heads.safetensors").is_file()
+
+
+def stop(*args):
+    raise ValueError("stopped")
+
+
 @pytest.mark.parametrize("cache", ["", "labels"])
 def test_recent_labels(tmp_path, cache):
     """Labels of plain text grow towards the prompt's end, those of other prompts stay; the label cache holds them as marked."""

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -11,6 +12,11 @@ SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
+
+
+def on_cuda(test):
+    """Marks a test that needs a GPU: `pytest -m cuda` runs it."""
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")(test))
 
 
 def randomise(model, gemma=False, seed=0):
