@@ -4,10 +4,12 @@
     python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly too
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
     python train.py --paper                        # the paper's stages, heads and losses
+    python train.py --init out/heads --kl_weight 1 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
 
 Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of
 their tokens likewise, from the dense model's hidden states (L_list). With --paper it then runs the model once more
-with attention masked where the heads would drop a token, and trains them on (paper eq. 8) L = L_lm + L_mse + L_rank.
+with attention masked where the heads would drop a token, and trains them on (paper eq. 8) L = L_lm + L_mse + L_rank. With --kl_weight heads learn from what their pruning does: L_kl, between the
+dense and the pruned model's predictions, dropped tokens fading by soft gates.
 """
 
 import hashlib
@@ -34,7 +36,7 @@ from download import DEFAULT
 from eval_tasks import METHODS, perplexity, print_table
 from model import read_json, visible
 from sdtp import (
-    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, pool,
+    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads, pool,
     protected_count, save_heads, span_means, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -44,6 +46,7 @@ from tokenizer import Tokenizer
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
     data: str = ""  # of pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: pydoc,made; dolly too for others' checkpoints)
+    init: str = ""  # folder of trained heads to begin with
     out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
     resume: bool = False  # go on with the run in out_dir
     paper: bool = False  # the paper's recipe instead of ours: see PAPER in train.py for the flags that it sets
@@ -70,6 +73,7 @@ class TrainConfig:
     list_weight: float = 1.0  # weight of L_list
     list_span: int = 8  # tokens of a span in L_list: finer than --span teaches more
     list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
+    kl_weight: float = 0.0  # weight of L_kl
     lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 0.0  # weight of L_mse
     rank_weight: float = 0.0  # weight of L_rank
@@ -111,6 +115,12 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
+GATE_WIDTHS = (
+    0.5,
+    0.15,
+)  # of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last
+BUDGETS = 0.12  # L_kl draws the compute of every step from --ratio down to so much less
+CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
 NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
 
 
@@ -143,22 +153,34 @@ def masked_sdpa(q, k, v, positions, alive, window=None):
     return out.to(v.dtype).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def hold_share(score, alive, count, rounds=30):
-    """The shift b of one prompt's scores with sum_i alive_i sigmoid(score_i - b) = count, by bisection.
+def hold_share(score, alive, counts, index, rounds=40):
+    """The shifts b (P,) of packed prompts' scores with sum_i alive_i sigmoid(score_i - b) = the prompt's count, by bisection.
 
-    score, alive: (n,) of the tokens that may be dropped; count: how many of them the schedule keeps.
-    A token survives Gumbel-softmax with probability sigmoid(score), so count of them are expected to
+    score, alive: (n,) of the tokens that may be dropped, index: (n,) the prompt of each; counts: (P,) how many of them
+    the schedule keeps. A token survives Gumbel-softmax with probability sigmoid(score), so that many are expected to
     (all that are alive, where noise has left fewer).
     """
     s, alive = score.detach(), alive.detach()
-    low, high = s.min() - 20, s.max() + 20
+
+    def sums(values):
+        return values.new_zeros(len(counts)).index_add(0, index, values)
+
+    low, high = ((edge + far).expand(len(counts)) for edge, far in ((s.amin(), -20), (s.amax(), 20)))
     for _ in range(rounds):
         middle = (low + high) / 2
-        above = (alive * torch.sigmoid(s - middle)).sum() > count
+        above = sums(alive * torch.sigmoid(s - middle[index])) > counts
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     # The gradient of b (implicit function theorem): without it L_lm would raise all scores for ever, to no effect.
-    slope = alive * torch.sigmoid(s - middle) * torch.sigmoid(middle - s)
-    return middle + ((score - s) * slope).sum() / slope.sum().clamp(min=1e-9)
+    slope = alive * torch.sigmoid(s - middle[index]) * torch.sigmoid(middle[index] - s)
+    return middle + sums((score - s) * slope) / sums(slope).clamp(min=1e-9)
+
+
+def may_drop(free, seqlens, prompt_lens, share):
+    """((F,) the rows that a stage may drop, (F,) the prompt of each, (P,) how many of each prompt's a stage with that share keeps)."""
+    counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
+    prompt = torch.arange(len(seqlens), device=free.device).repeat_interleave(torch.tensor(seqlens, device=free.device))
+    rows = free.nonzero()[:, 0]
+    return rows, prompt[rows], counts
 
 
 def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
@@ -169,13 +191,9 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
     if share == 0:
         return torch.where(free, 0.0, alive)
     if share is not None:
-        shift = torch.zeros(len(pi), device=pi.device)
-        for rows, n in zip(torch.arange(len(pi), device=pi.device).split(seqlens), prompt_lens):
-            rows = rows[free[rows]]
-            if len(rows):
-                count = alive_count(n, share) - protected_count(n)
-                shift[rows] = hold_share(pi[rows, 0] - pi[rows, 1], alive[rows], count)
-        pi = pi - F.pad(shift[:, None], (0, 1))
+        rows, prompt, counts = may_drop(free, seqlens, prompt_lens, share)
+        shift = hold_share(pi[rows, 0] - pi[rows, 1], alive[rows], counts, prompt)
+        pi = pi - F.pad(pi.new_zeros(len(pi)).index_copy(0, rows, shift[prompt])[:, None], (0, 1))
     keep = F.gumbel_softmax(pi, tau, hard=True)[:, 0]  # straight-through
     return torch.where(free, keep, 1.0) * alive
 
@@ -210,6 +228,57 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
         run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks else block
         x = run(x, positions, seqlens, None, partial(masked_attend, alive=alive))
     return x, logits, masks
+
+
+# ---------------------------------------------------------------------------- the pruned model with soft gates
+
+
+def gated_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None, log_gates=None):
+    """attend() whose attention weights are exp(a_ij) g_j / sum_j exp(a_ij) g_j; log_gates: (T,) log g.
+
+    log g_j is one more product of a query and a key, so that every kernel runs it, FlashAttention too, and its gradient.
+    """
+    T, _, D = q.shape
+    wide = D + 8  # kernels like multiples of 8
+    ones = q.new_ones(T, q.shape[1], 1)
+    gates = (log_gates * wide**0.5).to(k.dtype)[:, None, None].expand(T, k.shape[1], 1)
+    q = F.pad(torch.cat((q * (wide / D) ** 0.5, ones), -1), (0, 7))  # attention divides by sqrt(wide)
+    k, v = F.pad(torch.cat((k, gates), -1), (0, 7)), F.pad(v, (0, 8))
+    return saliency.attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, window)[..., :D]
+
+
+def stage_gates(score, log_gates, free, positions, seqlens, prompt_lens, share, span, width):
+    """(T,) log gates from a stage on: those before it plus log sigmoid of each span's mean score over the width, less a shift.
+
+    score: (T,); free: (T,) bool, the tokens that may be dropped; the gates of a prompt's add up to what its share keeps;
+    width: of the step from open to closed, in standard deviations of the prompt's spans. All others stay as they are.
+    """
+    if share == 0:
+        return log_gates.masked_fill(free, CLOSED)
+    rows, prompt, counts = may_drop(free, seqlens, prompt_lens, share)
+    sizes, means = prompt.bincount(minlength=len(seqlens)).tolist(), []
+    for part, p in zip(score[rows].split(sizes), positions[rows].split(sizes)):
+        mean = pool(part, p, span)
+        means.append(mean / (width * mean.detach().std(correction=0).clamp(min=1e-6)))
+    means = torch.cat(means)
+    shift = hold_share(means, log_gates[rows].exp(), counts, prompt)
+    return log_gates.index_add(0, rows, F.logsigmoid(means - shift[prompt]))
+
+
+def gated_forward(model, heads, x, seqlens, prompt_lens, free, schedule, width):
+    """The pruned model of L_kl: no token is removed, what a stage would drop fades for the others by its gate.
+
+    x: (T, hidden_size) dense states at the first stage; width: see stage_gates(). Returns the output of the last block.
+    """
+    positions, log_gates = model.positions(seqlens), torch.zeros(len(x), device=x.device)
+    for layer in range(min(schedule), len(model.layers)):
+        block = model.layers[layer]
+        if layer in schedule:
+            pi = prompt_logits(heads[layer], x.detach(), seqlens, prompt_lens, block) if layer in heads else x[:, :2]
+            how = (free, positions, seqlens, prompt_lens, schedule[layer], schedule.span, width)
+            log_gates = stage_gates(pi[:, 0] - pi[:, 1], log_gates, *how)
+        x = block(x, positions, seqlens, attend=partial(gated_attend, log_gates=log_gates))
+    return x
 
 
 # ---------------------------------------------------------------------------- the losses
@@ -282,17 +351,36 @@ def recompute(model, config):
     return config.checkpoint_blocks == "on" or (config.checkpoint_blocks == "auto" and model.device.type == "cuda")
 
 
-def losses(model, heads, batch, schedule, config):
-    """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
+def divergence(model, ids, seqlens, rows, log_probs):
+    """KL(dense || pruned) of the predictions at these rows, mean over them; log_probs: the pruned model's."""
+    with torch.no_grad():
+        _, dense = saliency.hidden_states(model, ids, (), seqlens)
+        target = model.logits(dense[rows]).float().log_softmax(-1)
+    return F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
+
+
+def losses(model, heads, batch, schedule, config, progress=0.0):
+    """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage.
+
+    progress: 0 to 1, the share of the run that is over, by which L_kl's gates narrow.
+    """
     ids, seqlens, prompt_lens, labels, states = batch
     positions = model.positions(seqlens)
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
-    if not (config.lm_weight or config.distill):  # imitation alone: heads read the dense states
+    if not config.lm_weight:  # heads read the dense states
         logits = {
             layer: prompt_logits(head, states[layer], seqlens, prompt_lens, model.layers[layer])
             for layer, head in heads.items()
         }
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
+        if config.kl_weight:
+            drawn = schedule.with_ratio(config.ratio - BUDGETS * torch.rand(()).item())
+            width, rows = (
+                GATE_WIDTHS[0] ** (1 - progress) * GATE_WIDTHS[1] ** progress,
+                saliency.scored_rows(seqlens, prompt_lens),
+            )
+            x = gated_forward(model, heads, states[min(schedule)], seqlens, prompt_lens, free, drawn, width)
+            terms["kl"] = divergence(model, ids, seqlens, rows, model.logits(x[rows]).float().log_softmax(-1))
         return {"loss": weighted(terms, config), **terms}, {}
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
     x, logits, masks = masked_forward(
@@ -303,17 +391,14 @@ def losses(model, heads, batch, schedule, config):
     terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}
     terms |= head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
     if config.distill:
-        with torch.no_grad():
-            _, dense = saliency.hidden_states(model, ids, (), seqlens)
-            target = model.logits(dense[rows]).float().log_softmax(-1)
-        terms["distill"] = F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
+        terms["distill"] = divergence(model, ids, seqlens, rows, log_probs)
     alive = {layer: mask[free].mean().item() for layer, mask in masks.items()}
     return {"loss": weighted(terms, config), **terms}, alive
 
 
 def weighted(terms, config):
     """The sum of the losses by their weights; distillation goes by L_lm's."""
-    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")}
+    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")}
     weights["distill"] = config.lm_weight
     return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
@@ -477,7 +562,7 @@ def draw_losses(history, path):
     """The loss terms, the top-k overlap and the share alive at the last stage against the step."""
     import matplotlib.pyplot as plt
 
-    names = [n for n in ("loss", "list", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
+    names = [n for n in ("loss", "list", "kl", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.8))
     for axis, name in zip(axes, names):
         axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
@@ -538,12 +623,24 @@ def new_head(model, config):
     return head.to(model.device)
 
 
-def train_step(model, heads, optimizer, batches, schedule, config):
+def begin_with(folder, model, heads):
+    """Give the heads the weights of those in a folder; ValueError where these are at other layers, or have other options."""
+    trained, _, meta = load_heads(folder, model)
+    if list(trained) != list(heads) or any(h.options != trained[layer].options for layer, h in heads.items()):
+        options = next(iter(heads.values())).options
+        raise ValueError(
+            f"--init {folder}: heads at layers {list(trained)} with {meta.get('head')}; these flags ask for {list(heads)} with {options}"
+        )
+    for layer, head in heads.items():
+        head.load_state_dict(trained[layer].state_dict())
+
+
+def train_step(model, heads, optimizer, batches, schedule, config, progress=0.0):
     """One optimizer step over `accumulate` batches; returns the means of what losses() gives, as floats."""
     optimizer.zero_grad(set_to_none=True)
     record = {}
     for examples in batches:
-        terms, alive = losses(model, heads, pack(model, examples, heads, config), schedule, config)
+        terms, alive = losses(model, heads, pack(model, examples, heads, config), schedule, config, progress)
         (terms["loss"] / len(batches)).backward()
         values = {name: t.item() for name, t in terms.items()} | {
             f"alive_{layer}": share for layer, share in alive.items()
@@ -572,7 +669,7 @@ def train(model, heads, examples, schedule, config):
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
-        record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config)
+        record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config, step / steps)
         history.append(record)
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -582,7 +679,7 @@ def train(model, heads, examples, schedule, config):
         seconds = time.perf_counter() - begin
         eta = seconds / (step + 1 - first) * (steps - step - 1)
         shown = " ".join(
-            f"{name} {record[name]:.3f}" for name in ("list", "lm", "mse", "rank", "distill") if name in record
+            f"{name} {record[name]:.3f}" for name in ("list", "kl", "lm", "mse", "rank", "distill") if name in record
         )
         shown += f" | alive {record['alive']:.2f}" if "alive" in record else ""
         print(
@@ -618,10 +715,14 @@ def check_flags(config):
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies", "recency")
-    if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
-        raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
+    if not any(getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")):
+        raise ValueError(
+            "all weights are 0: give one of --list_weight, --kl_weight, --lm_weight, --mse_weight, --rank_weight"
+        )
     if config.distill and not config.lm_weight:
         raise ValueError("--distill goes by --lm_weight, which is 0")
+    if config.kl_weight and config.lm_weight:
+        raise ValueError("--kl_weight and --lm_weight are two pruned models: give one of them")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout {config.dropout}: at least 0 and below 1 is needed")
     if config.tau <= 0:
@@ -700,13 +801,16 @@ def main():
     schedule = make_schedule(config, len(model.layers))
     if not schedule.scored():
         raise ValueError(f"--shares {config.shares}: no stage with a share above 0, so there is no head to train")
-    if len(schedule.scored()) > 1 and config.lm_weight and (config.attention or config.matches or config.ending):
+    masked = config.lm_weight or config.kl_weight
+    if len(schedule.scored()) > 1 and masked and (config.attention or config.matches or config.ending):
         raise ValueError(
-            "--lm_weight with several stages: give --no-attention --matches 0 --no-ending, as these heads would see masked tokens"
+            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending, as these heads would see masked tokens"
         )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
     heads = {layer: new_head(model, config) for layer in schedule.scored()}
+    if config.init:
+        begin_with(config.init, model, heads)
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()

