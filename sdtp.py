@@ -205,9 +205,13 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     shares = share if isinstance(share, list) else [share] * len(seqlens)
     for rows, length, n, part in zip(scores.split(seqlens), seqlens, prompt_lens, shares):
         here = positions[start : start + length]
-        protected, count = is_protected(here, n), min(length, alive_count(n, part))
-        ranked = torch.full_like(rows, math.inf)  # the protected: nothing else is infinite, and NaN is last
-        ranked[~protected] = pool(rows[~protected], here[~protected], span).nan_to_num(nan=-math.inf)
+        free, count = ~is_protected(here, n), min(length, alive_count(n, part))
+        if span > 1:  # the mean over what is free of each span, with no copy to the CPU, which a GPU would wait for
+            bins, weight = here // span, free.to(rows.dtype)
+            sums = rows.new_zeros(2, n // span + 1).index_add(1, bins, torch.stack((rows.where(free, 0), weight)))
+            rows = (sums[0] / sums[1])[bins]
+        # the protected: nothing else is infinite, and NaN is last
+        ranked = rows.nan_to_num(nan=-math.inf).masked_fill(~free, math.inf)
         order = ranked.flip(0).argsort(descending=True, stable=True)  # reversed: of equal scores the later comes first
         keep.append((start + length - 1 - order[:count]).sort().values)
         kept.append(count)
