@@ -119,7 +119,7 @@ GATE_WIDTHS = (
     0.5,
     0.15,
 )  # of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last
-BUDGETS = 0.12  # L_kl draws the compute of every step from --ratio down to so much less
+BUDGETS = 0.13  # L_kl draws the ratio of every step from --ratio down to this share less
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
 NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
 
@@ -274,9 +274,12 @@ def gated_forward(model, heads, x, seqlens, prompt_lens, free, schedule, width):
     for layer in range(min(schedule), len(model.layers)):
         block = model.layers[layer]
         if layer in schedule:
-            pi = prompt_logits(heads[layer], x.detach(), seqlens, prompt_lens, block) if layer in heads else x[:, :2]
+            score = None  # what leaves the protected tokens alone needs none
+            if layer in heads:
+                keep, drop = prompt_logits(heads[layer], x.detach(), seqlens, prompt_lens, block).unbind(-1)
+                score = keep - drop
             how = (free, positions, seqlens, prompt_lens, schedule[layer], schedule.span, width)
-            log_gates = stage_gates(pi[:, 0] - pi[:, 1], log_gates, *how)
+            log_gates = stage_gates(score, log_gates, *how)
         x = block(x, positions, seqlens, attend=partial(gated_attend, log_gates=log_gates))
     return x
 
@@ -374,7 +377,7 @@ def losses(model, heads, batch, schedule, config, progress=0.0):
         }
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         if config.kl_weight:
-            drawn = schedule.with_ratio(config.ratio - BUDGETS * torch.rand(()).item())
+            drawn = schedule.with_ratio(config.ratio * (1 - BUDGETS * torch.rand(()).item()))
             width, rows = (
                 GATE_WIDTHS[0] ** (1 - progress) * GATE_WIDTHS[1] ** progress,
                 saliency.scored_rows(seqlens, prompt_lens),

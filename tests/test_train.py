@@ -455,7 +455,7 @@ def test_kl_loss(monkeypatch):
     (drawn, width), states = seen[0], data[4]
     assert width == pytest.approx(math.sqrt(0.5 * 0.15))
     torch.manual_seed(5)
-    assert drawn == schedule.with_ratio(0.8 - 0.12 * torch.rand(()).item()) != schedule.with_ratio(0.8)
+    assert drawn == schedule.with_ratio(0.8 * (1 - 0.13 * torch.rand(()).item())) != schedule.with_ratio(0.8)
     x = forward(model, heads, states[1], seqlens, prompt_lens, free_tokens(seqlens, prompt_lens), drawn, width)
     dense, student = (f.double().log_softmax(-1) for f in (model(ids, seqlens=seqlens), model.logits(x)))
     rows = [*range(19, 25), *range(26 + 29, 26 + 33)]
