@@ -34,6 +34,7 @@ class ReportConfig:
     data: str = ""  # perplexity after copying prompts: a source of train.py (its held-out part)
     tasks_dir: str = ""  # accuracies: folder of boolq_val.jsonl, piqa_valid.jsonl, piqa_valid-labels.lst
     longbench: str = ""  # LongBench: folder of official DATASET.jsonl files, or a data.zip
+    max_length: int = 0  # LongBench: longer prompts lose their middle (0: what the model's positions leave)
     methods: str = "sdtp,most_recent,last_attention"  # as in eval_tasks.py; teacher is left out where it cannot be had
     keep: str = "0.98,0.95,0.9,0.8"  # speed, perplexity: budgets as in eval_tasks.py; tasks, LongBench: the heads' own
     limit: int = 0  # prompts, questions of a task, rows of a LongBench set at most (0: each script's own default)
@@ -70,12 +71,13 @@ def parts(config, out):
     questions = [m for m in config.methods.split(",") if eval_tasks.parse(m)[0] != "teacher"]  # no response is given
     own = {"methods": ",".join(questions), "limit": config.limit}
     tasks = {"tasks": "boolq,piqa", "data_dir": config.tasks_dir}
+    longbench = {"data": config.longbench, "max_length": config.max_length}
     table = [
         ("speed", "bench.py", "lengths", {"lengths": config.lengths, "keep": config.keep}, ("json", "figure")),
         ("tasks", "eval_tasks.py", "tasks_dir", tasks | own, ("json", "rows")),
         ("text", "eval_tasks.py", "text", {"text": config.text, **budgets}, ("json", "rows", "figure")),
         ("copying", "eval_tasks.py", "data", {"data": config.data, **budgets}, ("json", "rows", "figure")),
-        ("longbench", "eval_longbench.py", "longbench", {"data": config.longbench, **own}, ("out_dir",)),
+        ("longbench", "eval_longbench.py", "longbench", longbench | own, ("out_dir",)),
     ]
     files = {"json": "rows.json", "rows": "results.jsonl", "figure": "figure.png", "out_dir": ""}
     found = {}

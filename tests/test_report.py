@@ -248,7 +248,7 @@ def test_alive_shares(tmp_path):
 def test_parts_are_flags_of_the_scripts():
     """Every part's flags are understood by its script; all have the same heads, and no method that they refuse."""
     longbench = pytest.importorskip("eval_longbench")
-    flags = "--ckpt a/b --lengths 9 --text t --data d --tasks_dir x --longbench l --methods sdtp,teacher@8 --limit 3"
+    flags = "--ckpt a/b --lengths 9 --text t --data d --tasks_dir x --longbench l --methods sdtp,teacher@8 --limit 3 --max_length 7"
     config = cli.parse(report.ReportConfig, "", flags.split())
     classes = {"bench.py": bench.BenchConfig, "eval_tasks.py": eval_tasks.EvalConfig}
     classes["eval_longbench.py"] = longbench.LongBenchConfig
@@ -257,6 +257,8 @@ def test_parts_are_flags_of_the_scripts():
         assert (got.ckpt, got.heads) == ("a/b", "heads/b") and part.rows.parent == Path("o") / name
         if name != "speed":
             assert got.limit == 3 and got.methods == "sdtp" + ",teacher@8" * (name in report.SOURCES)
-        if name != "longbench":
+        if name == "longbench":
+            assert got.max_length == 7
+        else:
             assert Path(got.json) == part.rows
         assert (ROOT / part.script).is_file()
