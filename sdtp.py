@@ -239,16 +239,17 @@ class PruneHead(nn.Module):
     (a question asks for some of what is before it, plain text goes on with what is recent);
     attention: number of the model's attention heads, whose weights in the block to come each token's features are: how
     much the last 32 tokens attend to it, and how much they and 64 tokens spread over the prompt do (H2O's score, sampled).
+    conv: a depthwise convolution over so many neighbouring rows alive (an odd number), added to the hidden layer;
     dropout: on the hidden layer, in training.
     """
 
     def __init__(
-        self, hidden_size, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, dropout=0.0
-    ):
+        self, hidden_size, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, conv=0, dropout=0.0
+    ):  # fmt: skip
         super().__init__()
         self.options = {
             "divisor": divisor, "norm": norm, "position": position, "matches": matches, "ending": ending,
-            "attention": attention,
+            "attention": attention, "conv": conv,
         }  # fmt: skip
         self.norm, self.position, self.matches, self.ending = norm, position, matches, ending
         self.attention, self.dropout = attention, dropout
@@ -261,6 +262,7 @@ class PruneHead(nn.Module):
             self.q_proj, self.k_proj = (nn.Linear(hidden_size, matches * RANK, bias=False) for _ in range(2))
         if ending:
             self.end_proj = nn.Linear(hidden_size, width, bias=False)
+        self.conv = nn.Conv1d(width, width, conv, padding=conv // 2, groups=width, bias=False) if conv else None
 
     def logits(self, x, positions=None, seqlens=None, block=None):
         """x: (T, hidden_size) -> (T, 2) float32, logits of keep and of drop; positions, seqlens, block: see forward()."""
@@ -274,6 +276,8 @@ class PruneHead(nn.Module):
         if self.ending:
             ends = linear(self.end_proj, torch.stack([rows[-QUERIES:].mean(0) for rows in x.split(seqlens)])).float()
             hidden = hidden + torch.cat([end.expand(n, -1) for end, n in zip(ends, seqlens)])
+        if self.conv:
+            hidden = hidden + torch.cat([self.conv(rows.T[None])[0].T for rows in hidden.split(seqlens)])
         return self.fc2(F.dropout(F.gelu(hidden), self.dropout, self.training))
 
     def position_features(self, positions, seqlens):
@@ -316,7 +320,7 @@ class PruneHead(nn.Module):
 
     def flops(self, rows, config=None):
         """FLOPs of scoring that many tokens of one prompt; config: the model's, for attention."""
-        linears = [m for name, m in self.named_children() if name not in ("q_proj", "end_proj")]
+        linears = [m for name, m in self.named_children() if name not in ("q_proj", "end_proj")]  # and conv
         queries = min(QUERIES, rows) if self.matches else 0
         few = queries * self.q_proj.weight.numel() if self.matches else 0
         few += self.end_proj.weight.numel() if self.ending else 0
@@ -330,7 +334,7 @@ class PruneHead(nn.Module):
     def forward(self, x, positions=None, seqlens=None, block=None):
         """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32.
 
-        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches, ending and attention.
+        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches, ending, attention and conv.
         """
         keep, drop = self.logits(x, positions, seqlens, block).unbind(-1)
         return keep - drop

@@ -64,6 +64,7 @@ class TrainConfig:
     matches: int = 8  # products with the prompt's last tokens that they see
     ending: bool = True  # they know how the prompt ends: plain text, or a question
     attention: bool = True  # they see how much attention a token gets in the block to come
+    conv: int = 0  # neighbours over which their hidden layer is convolved, an odd number (0: none)
     dropout: float = 0.1  # on their hidden layer, in training
     teacher: str = saliency.TEACHER  # response_attention, grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = saliency.LABEL_LOSS  # the tokens that labels are for: those of the response, or all next tokens
@@ -112,13 +113,11 @@ class TrainConfig:
 # Found on 30 layers; a model of 16 or fewer has too few between them: give --stages or --shares.
 OUR_STAGES = {1 / 15: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
-GATE_WIDTHS = (
-    0.5,
-    0.15,
-)  # of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last
+# Of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last.
+GATE_WIDTHS = 0.5, 0.15
 BUDGETS = 0.13  # L_kl draws the ratio of every step from --ratio down to this share less
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
 NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
@@ -618,11 +617,13 @@ def new_head(model, config):
     """A PruneHead by the flags, whose scores start at 0: hidden states are large (rms 5 to 27 in SmolLM2), and random
     scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
     attention = model.config.num_attention_heads * config.attention
-    options = config.divisor, config.norm, config.position, config.matches, config.ending, attention, config.dropout
-    head = PruneHead(model.config.hidden_size, *options)
-    torch.nn.init.zeros_(head.fc2.weight)
-    if config.ending:  # grows as it is of use
-        torch.nn.init.zeros_(head.end_proj.weight)
+    same = {
+        name: getattr(config, name) for name in ("divisor", "norm", "position", "matches", "ending", "conv", "dropout")
+    }
+    head = PruneHead(model.config.hidden_size, attention=attention, **same)
+    for name in ("fc2", "end_proj", "conv"):  # the latter two grow as they are of use
+        if part := getattr(head, name, None):
+            torch.nn.init.zeros_(part.weight)
     return head.to(model.device)
 
 
@@ -717,7 +718,9 @@ def check_flags(config):
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
-    cli.at_least(0, config, "first_layer", "stages", "max_prompts", "matches", "list_power", "noisy_copies", "recency")
+    cli.at_least(
+        0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency"
+    )
     if not any(getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")):
         raise ValueError(
             "all weights are 0: give one of --list_weight, --kl_weight, --lm_weight, --mse_weight, --rank_weight"
@@ -726,6 +729,8 @@ def check_flags(config):
         raise ValueError("--distill goes by --lm_weight, which is 0")
     if config.kl_weight and config.lm_weight:
         raise ValueError("--kl_weight and --lm_weight are two pruned models: give one of them")
+    if config.conv and config.conv % 2 == 0:
+        raise ValueError(f"--conv {config.conv}: an odd number is needed, the token itself in their middle")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout {config.dropout}: at least 0 and below 1 is needed")
     if config.tau <= 0:
@@ -805,9 +810,9 @@ def main():
     if not schedule.scored():
         raise ValueError(f"--shares {config.shares}: no stage with a share above 0, so there is no head to train")
     masked = config.lm_weight or config.kl_weight
-    if len(schedule.scored()) > 1 and masked and (config.attention or config.matches or config.ending):
+    if len(schedule.scored()) > 1 and masked and (config.attention or config.matches or config.ending or config.conv):
         raise ValueError(
-            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending, as these heads would see masked tokens"
+            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending --conv 0, as these heads would see masked tokens"
         )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)

@@ -626,7 +626,8 @@ OPTIONS = {
     "matches": dict(matches=3),
     "ending": dict(ending=True),
     "attention": dict(attention=4),
-    "all": dict(divisor=1, norm=True, position=True, matches=2, ending=True, attention=4),
+    "conv": dict(conv=5),
+    "all": dict(divisor=1, norm=True, position=True, matches=2, ending=True, attention=4, conv=3),
 }
 each_head = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 ALIVE = [[*range(4), *range(7, 60), 63], [0, 1, 5, 6, 40], [0]]  # positions of prompts that have lost tokens
@@ -670,11 +671,13 @@ def loop_attention(block, x, positions):
     return features
 
 
-def loop_score(head, x, positions, block, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0):
+def loop_score(
+    head, x, positions, block, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, conv=0
+):
     """A head's scores of one prompt, token by token, in float64 and plain Python but for the products of a matrix and a row."""
     weights, n = {name: p.double() for name, p in head.state_dict().items()}, positions[-1] + 1
     assert weights["fc1.weight"].shape == (32 // divisor, 32)
-    rows, scores, seen = [], [], loop_attention(block, x.double(), positions) if attention else None
+    rows, before, scores, seen = [], [], [], loop_attention(block, x.double(), positions) if attention else None
     for row in x.double():
         mean = sum(row) / 32
         rows.append((row - mean) / (sum((row - mean) ** 2) / 32 + 1e-5) ** 0.5 if norm else row)
@@ -695,6 +698,11 @@ def loop_score(head, x, positions, block, divisor=4, norm=False, position=False,
             hidden = hidden + weights["features.weight"] @ torch.tensor(features, dtype=torch.float64)
         if ending:
             hidden = hidden + weights["end_proj.weight"] @ (sum(rows[-32:]) / len(rows[-32:]))
+        before.append(hidden)
+    for i, hidden in enumerate(before):
+        for j in range(conv):
+            if 0 <= i + j - conv // 2 < len(before):
+                hidden = hidden + weights["conv.weight"][:, 0, j] * before[i + j - conv // 2]
         hidden = torch.tensor([h * 0.5 * (1 + math.erf(h / 2**0.5)) for h in hidden.tolist()], dtype=torch.float64)
         keep, drop = (weights["fc2.weight"] @ hidden + weights["fc2.bias"]).tolist()
         scores.append(keep - drop)
@@ -722,7 +730,7 @@ def test_options_equal_loops(options, window):
     # what is not asked for has no weights, and with no option the head is the paper's
     names = {name.split(".")[0] for name in head.state_dict()} - {"fc1", "fc2"}
     wanted = {"position": {"features"}, "attention": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
-    wanted["ending"] = {"end_proj"}
+    wanted |= {"ending": {"end_proj"}, "conv": {"conv"}}
     assert names == set().union(*(wanted.get(name, set()) for name in options))
 
 

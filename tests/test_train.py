@@ -609,7 +609,7 @@ def test_recipes(world, monkeypatch, capsys, recipe):
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
-        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0}
+        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0, "conv": 0}
         assert meta["head"] == {"divisor": 4, **bare} and meta["span"] == 1
         assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
@@ -806,6 +806,25 @@ def test_what_is_given_wins_over_paper(world, monkeypatch):
         monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume", *flag.split()])
         with pytest.raises(SystemExit, match=error):
             cli.run(train.main)
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        ("--conv 4", "--conv 4: an odd number"),
+        ("--dropout 1", "--dropout 1.0: at least 0"),
+        ("--tau 0", "--tau 0.0: a temperature above 0"),
+        ("--list_weight 0", "all weights are 0"),
+        ("--kl_weight 1 --lm_weight 1", "two pruned models"),
+        ("--distill", "--distill goes by --lm_weight"),
+        ("--teacher x", "--teacher x: choose response_attention"),
+        ("--epochs 0", "--epochs 0"),
+    ],
+)
+def test_flags_out_of_range(flags, error):
+    """Named in one line, before anything is loaded."""
+    with pytest.raises(ValueError, match=error):
+        train.check_flags(cli.parse(TrainConfig, "", flags.split()))
 
 
 def test_base_weights_stay(tmp_path):
