@@ -486,9 +486,7 @@ def draw(rows, path):
         axis.set(xlabel="prompt tokens", ylim=(0, 1.4 * axis.get_ylim()[1]))  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left", ncols=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------- batches, and marking

@@ -86,9 +86,8 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    mallopt(-3, 2**30) or mallopt(
-        -3, 2**25
-    )  # M_MMAP_THRESHOLD (older ones: at most 32 MiB): smaller come from the heap,
+    # M_MMAP_THRESHOLD (older ones: at most 32 MiB): what is smaller comes from the heap,
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks when that much is free at its end
 
 
@@ -174,6 +173,15 @@ def write_rows(path, rows, **more):
     """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
     if path:
         write_atomic(path, (json.dumps([{**row, **more, **ORIGIN} for row in rows], indent=1) + "\n").encode())
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as .png, in a folder that need not be there, and close it."""
+    import matplotlib.pyplot as plt
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def heads_and_schedule(config, model, keep=0.0, needed=True):

@@ -552,9 +552,7 @@ def draw(rows, path):
     axis.set(xlabel="executed prefill FLOPs, % of dense", ylabel="PPL difference, %")
     axis.legend()
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------- the command

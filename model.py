@@ -198,9 +198,8 @@ def visible(positions, k_positions, window=None):
 def attention_weights(q, k, positions, k_positions, window=None):
     """q: (T, Hq, D), k: (K, Hkv, D) of one sequence -> softmax weights (Hq, T, K), float32 or wider."""
     T = len(q)
-    q = (
-        q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
-    )  # (Hkv, G * T, D): the heads of a group share keys
+    # (Hkv, G * T, D): the heads of a group share keys
+    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
     scores = (q @ k.permute(1, 2, 0)).unflatten(1, (-1, T)).flatten(0, 1) * k.shape[-1] ** -0.5  # (Hq, T, K)
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return scores.masked_fill(~visible(positions, k_positions, window), -torch.inf).softmax(-1)

@@ -168,8 +168,7 @@ def draw(rows, path):
         axis.legend()
     axes[0][0].set_ylabel("tokens alive, % of the prompt")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 def memory(speed):

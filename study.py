@@ -183,9 +183,7 @@ def draw(rows, title, path):
     axis.set(title=title, ylabel="PPL difference, %")
     axis.tick_params("x", rotation=0 if all(len(x) < 6 for _, _, x in names) else 30)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 def write(name, rows, config, note="Prompts trained on; measured on held-out ones."):

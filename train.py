@@ -377,10 +377,8 @@ def losses(model, heads, batch, schedule, config, progress=0.0):
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         if config.kl_weight:
             drawn = schedule.with_ratio(config.ratio * (1 - BUDGETS * torch.rand(()).item()))
-            width, rows = (
-                GATE_WIDTHS[0] ** (1 - progress) * GATE_WIDTHS[1] ** progress,
-                saliency.scored_rows(seqlens, prompt_lens),
-            )
+            width = GATE_WIDTHS[0] ** (1 - progress) * GATE_WIDTHS[1] ** progress
+            rows = saliency.scored_rows(seqlens, prompt_lens)
             x = gated_forward(model, heads, states[min(schedule)], seqlens, prompt_lens, free, drawn, width)
             terms["kl"] = divergence(model, ids, seqlens, rows, model.logits(x[rows]).float().log_softmax(-1))
         return {"loss": weighted(terms, config), **terms}, {}
@@ -570,8 +568,7 @@ def draw_losses(history, path):
         axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
         axis.set(title=name, xlabel="step")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 @torch.no_grad()
@@ -597,8 +594,7 @@ def draw_predictions(model, heads, examples, schedule, config, path):
         axis.set(title=f"layer {layer}, rho {correlation:.2f}", xlabel="label (rank)")
     axes[0, 0].set_ylabel("head (rank)")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------- the loop
