@@ -122,7 +122,8 @@ def run_variant(out, fields, config):
         raise ValueError(f"{out} holds a run with other flags (flags.json): delete it, or choose another --out_dir")
     if (out / "eval.json").is_file():
         return
-    places = ["--out_dir", str(out), "--label_cache", config.label_cache, *["--resume"] * started]
+    shared = ["--label_cache", config.label_cache, "--eval_rows", str(out.parent / "rows.jsonl")]
+    places = ["--out_dir", str(out), *shared, *["--resume"] * started]
     if error := cli.run_logged("train.py", [*flags, *places], out / "stdout.log"):
         raise ValueError(f"variant {out.name!r} {error}")
 

@@ -103,6 +103,9 @@ class TrainConfig:
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
+    eval_rows: str = (
+        ""  # .jsonl file of every prompt's results, as eval_tasks.py's --rows: runs that share it measure dense once
+    )
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
@@ -120,7 +123,13 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
 GATE_WIDTHS = 0.5, 0.15
 BUDGETS = 0.13  # L_kl draws the ratio of every step from --ratio down to this share less
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
-NOT_THE_RUN = ("out_dir", "resume", "json", "label_cache")  # flags that may differ between runs of equal outcome
+NOT_THE_RUN = (
+    "out_dir",
+    "resume",
+    "json",
+    "label_cache",
+    "eval_rows",
+)  # flags that may differ between runs of equal outcome
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -781,7 +790,7 @@ def measure(model, heads, held_out, schedule, history, config):
     share = scoring / (sum(rest) + scoring)
     print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
     print(f"now {len(held_out)} held-out prompts", flush=True)
-    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
+    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")} | {"rows": config.eval_rows}
     rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
     print_table(rows)
     for path in (config.json, out / "eval.json"):

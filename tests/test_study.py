@@ -75,6 +75,8 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
     for row, name in zip(rows, ("a", "b__longer"), strict=True):
         by_method = {r["method"]: r for r in json.loads((out / name / "eval.json").read_text())}
         assert row["ppl_diff"] == by_method["sdtp"]["ppl_diff"] and row["prompts"] == 20
+    measured = [json.loads(line)["method"] for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert (measured.count("dense"), measured.count("sdtp")) == (2, 4)  # two prompts, two variants
     assert (world / "results" / "two.png").read_bytes()[:4] == b"\x89PNG"
     assert table(rows) in (world / "results" / "two.md").read_text()
     with pytest.raises(SystemExit, match="a holds a run with other flags"):
