@@ -229,8 +229,9 @@ def load_tasks(names, data_dir="", num_fewshot=0):
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             raise ValueError(f"--tasks {name}: whole texts are scored, there is no prompt to prune")
-        if num_fewshot >= 0 and task.get_config("num_fewshot") != 0:  # a task that says 0 has its shots in the prompt
-            task.set_config("num_fewshot", num_fewshot)
+        own = task.get_config("num_fewshot")
+        if own is None or num_fewshot >= 0 and own != 0:  # a task that says 0 has its shots in the prompt
+            task.set_config("num_fewshot", max(num_fewshot, 0))  # as the harness does where a task does not say
     return tasks
 
 

@@ -208,7 +208,8 @@ def test_rows_by_hand(tmp_path, both, monkeypatch):
         return [r | {"answers": [[sign * nats, greedy] for nats, greedy in r["answers"]]} for r in results]
 
     monkeypatch.setattr(eval_harness, "choices_results", contrary)
-    task = load_tasks(["boolq"], write_rows(tmp_path))["boolq"]
+    task = load_tasks(["boolq"], write_rows(tmp_path), -1)["boolq"]
+    assert task.get_config("num_fewshot") == 0  # the task does not say
     lm = HarnessLM(model, tokenizer, ["sdtp", "most_recent"], SCHEDULE, heads(), batch_size=2)
     rows, n = task_rows("boolq", task, lm, limit=7), len(tokenizer.encode("p0.\nQuestion: is 0 a?\nAnswer:"))
     right = {}
