@@ -103,9 +103,7 @@ class TrainConfig:
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
-    eval_rows: str = (
-        ""  # .jsonl file of every prompt's results, as eval_tasks.py's --rows: runs that share it measure dense once
-    )
+    eval_rows: str = ""  # .jsonl file of every prompt's results, as --rows of eval_tasks.py: shared, dense runs once
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
