@@ -121,13 +121,8 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
 GATE_WIDTHS = 0.5, 0.15
 BUDGETS = 0.13  # L_kl draws the ratio of every step from --ratio down to this share less
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
-NOT_THE_RUN = (
-    "out_dir",
-    "resume",
-    "json",
-    "label_cache",
-    "eval_rows",
-)  # flags that may differ between runs of equal outcome
+# Flags that may differ between runs of equal outcome.
+NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_rows"
 
 
 # ---------------------------------------------------------------------------- the masked forward
