@@ -161,13 +161,19 @@ def paper_stages(num_hidden_layers, ratio=0.9):
     return Schedule(num_hidden_layers, first_layer=min(4, num_hidden_layers - 1), ratio=ratio)
 
 
+def bin_means(values, bins, count):
+    """(count,) the mean of the values in each bin, bins: (T,) long: no copy to the CPU, which a GPU would wait for."""
+    sums = values.new_zeros(2, count).index_add(1, bins, torch.stack((values, torch.ones_like(values))))
+    return sums[0] / sums[1]
+
+
 def span_means(scores, positions, span):
     """((S,) mean score of each span with a row here, (T,) which of them each row is in).
 
     positions: (T,) of one sequence; span i holds the positions span * i to span * (i + 1) - 1.
     """
-    _, index, counts = torch.unique_consecutive(positions // span, return_inverse=True, return_counts=True)
-    return scores.new_zeros(len(counts)).index_add(0, index, scores) / counts, index
+    spans, index = torch.unique_consecutive(positions // span, return_inverse=True)
+    return bin_means(scores, index, len(spans)), index
 
 
 def adaptive_share(scores, positions, n, drop_mass, span):
@@ -185,14 +191,6 @@ def adaptive_share(scores, positions, n, drop_mass, span):
     return (len(positions) - index.bincount()[order][:dropped].sum().item()) / n
 
 
-def pool(scores, positions, span):
-    """(T,) the mean score of each row's span, over the rows of one sequence that are alive."""
-    if span == 1:
-        return scores
-    means, index = span_means(scores, positions, span)
-    return means[index]
-
-
 def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
 
@@ -206,10 +204,9 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     for rows, length, n, part in zip(scores.split(seqlens), seqlens, prompt_lens, shares):
         here = positions[start : start + length]
         free, count = ~is_protected(here, n), min(length, alive_count(n, part))
-        if span > 1:  # the mean over what is free of each span, with no copy to the CPU, which a GPU would wait for
-            bins, weight = here // span, free.to(rows.dtype)
-            sums = rows.new_zeros(2, n // span + 1).index_add(1, bins, torch.stack((rows.where(free, 0), weight)))
-            rows = (sums[0] / sums[1])[bins]
+        if span > 1:  # the means over what is free of each span; what is protected has one more bin
+            bins = (here // span).where(free, n // span + 1)
+            rows = bin_means(rows, bins, n // span + 2)[bins]
         # the protected: nothing else is infinite, and NaN is last
         ranked = rows.nan_to_num(nan=-math.inf).masked_fill(~free, math.inf)
         order = ranked.flip(0).argsort(descending=True, stable=True)  # reversed: of equal scores the later comes first

@@ -113,7 +113,7 @@ def slug(variant):
 def run_variant(out, fields, config):
     """One run of train.py, or what is left of it; ValueError where it fails, or the folder holds another run."""
     base = {name: getattr(config, name) for name in ("ckpt", "data", "eval_prompts", "dtype", "device")}
-    base["max_prompts"] = config.limit
+    base |= {"max_prompts": config.limit, "eval_methods": "sdtp,teacher"}
     flags = [*arguments(base | fields), *shlex.split(config.flags)]
     started = (out / "config.json").is_file()
     if not started:

@@ -33,10 +33,10 @@ import cli
 import data
 import saliency
 from download import DEFAULT
-from eval_tasks import METHODS, perplexity, print_table
+from eval_tasks import METHODS, perplexity, policies, print_table
 from model import read_json, visible
 from sdtp import (
-    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads, pool,
+    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
     protected_count, save_heads, span_means, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -103,6 +103,7 @@ class TrainConfig:
     seed: int = 0  # of initialisation, order of the data and Gumbel noise
     # the end
     eval_prompts: int = 32  # held-out prompts of the final table
+    eval_methods: str = ",".join(METHODS)  # of that table, as --methods of eval_tasks.py; dense always
     eval_rows: str = ""  # .jsonl file of every prompt's results, as --rows of eval_tasks.py: shared, dense runs once
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
@@ -237,7 +238,8 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
 def gated_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None, log_gates=None):
     """attend() whose attention weights are exp(a_ij) g_j / sum_j exp(a_ij) g_j; log_gates: (T,) log g.
 
-    log g_j is one more product of a query and a key, so that every kernel runs it, FlashAttention too, and its gradient.
+    log g_j is one more product of a query and a key, so that every kernel runs it, and its gradient: FlashAttention
+    too, up to a head_dim of 248.
     """
     T, _, D = q.shape
     wide = D + 8  # kernels like multiples of 8
@@ -259,7 +261,8 @@ def stage_gates(score, log_gates, free, positions, seqlens, prompt_lens, share, 
     rows, prompt, counts = may_drop(free, seqlens, prompt_lens, share)
     sizes, means = prompt.bincount(minlength=len(seqlens)).tolist(), []
     for part, p in zip(score[rows].split(sizes), positions[rows].split(sizes)):
-        mean = pool(part, p, span)
+        mean, index = span_means(part, p, span)
+        mean = mean[index]
         means.append(mean / (width * mean.detach().std(correction=0).clamp(min=1e-6)))
     means = torch.cat(means)
     shift = hold_share(means, log_gates[rows].exp(), counts, prompt)
@@ -349,7 +352,8 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
                 terms["rank"].append(loss * len(logits))
             count = alive_count(n, schedule[layer]) - protected_count(n)
             if count:
-                best = (pool(v.detach(), positions, schedule.span).topk(count).indices for v in (score, label))
+                spans = (span_means(v.detach(), positions, schedule.span) for v in (score, label))
+                best = (means[index].topk(count).indices for means, index in spans)
                 terms["overlap"].append(torch.isin(*best).float().mean())
     if not terms["overlap"]:  # only what is protected stays
         terms["overlap"] = [torch.tensor(math.nan)]
@@ -794,7 +798,7 @@ def measure(model, heads, held_out, schedule, history, config):
     print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
     print(f"now {len(held_out)} held-out prompts", flush=True)
     settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")} | {"rows": config.eval_rows}
-    rows = perplexity(model, held_out, METHODS, schedule, heads, **settings)
+    rows = perplexity(model, held_out, config.eval_methods.split(","), schedule, heads, **settings)
     print_table(rows)
     for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
@@ -834,6 +838,7 @@ def main():
     heads = {layer: new_head(model, config) for layer in schedule.scored()}
     if config.init:
         begin_with(config.init, model, heads)
+    policies(model.config, held_out, config.eval_methods.split(","), schedule, heads)  # refuses an unknown one now
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()

@@ -77,6 +77,7 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
         assert row["ppl_diff"] == by_method["sdtp"]["ppl_diff"] and row["prompts"] == 20
     measured = [json.loads(line)["method"] for line in (out / "rows.jsonl").read_text().splitlines()]
     assert (measured.count("dense"), measured.count("sdtp")) == (2, 4)  # two prompts, two variants
+    assert {*measured} == {"dense", "sdtp", "teacher"}
     assert (world / "results" / "two.png").read_bytes()[:4] == b"\x89PNG"
     assert table(rows) in (world / "results" / "two.md").read_text()
     with pytest.raises(SystemExit, match="a holds a run with other flags"):

@@ -624,6 +624,14 @@ def test_recipes(world, monkeypatch, capsys, recipe):
         assert list(meta["schedule"]) == ["0"] and meta["teacher"] == "response_attention"
 
 
+@pytest.mark.parametrize("methods", ["sdtp,nonsense", "random@4@9"])
+def test_eval_methods_are_checked_first(world, monkeypatch, methods):
+    """Before the run begins, that is."""
+    with pytest.raises(SystemExit, match="nonsense|layers 0 to 2"):
+        run(world, "unknown", monkeypatch, "--eval_methods", methods)
+    assert not (world / "unknown").exists()
+
+
 def test_init(world, monkeypatch):
     """--init goes on from trained heads, by L_kl; it refuses heads with other options or at other layers, in one line."""
     kl = "--lm_weight 0 --mse_weight 0 --rank_weight 0 --stages 1 --kl_weight 1 --lr 1e-9 --epochs 1".split()
