@@ -220,6 +220,7 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
 
 
 QUERIES, RANK = 32, 16  # of PruneHead's matches
+NEIGHBOURS = 33  # over which PruneHead's likeness is averaged, the token itself in their middle
 SAMPLE = 64  # rows, spread over the prompt, whose attention PruneHead looks at beside that of the last QUERIES
 
 
@@ -236,21 +237,24 @@ class PruneHead(nn.Module):
     (a question asks for some of what is before it, plain text goes on with what is recent);
     attention: number of the model's attention heads, whose weights in the block to come each token's features are: how
     much the last 32 tokens attend to it, and how much they and 64 tokens spread over the prompt do (H2O's score, sampled).
+    alike: the cosine of its state and the most alike of the last 32 (that come after it), whether this is above 0.9, as where
+    it is the same word, and the means of both over its neighbours: what the prompt ends with, a question, names what it asks for;
     conv: a depthwise convolution over so many neighbouring rows alive (an odd number), added to the hidden layer;
     dropout: on the hidden layer, in training.
     """
 
     def __init__(
-        self, hidden_size, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, conv=0, dropout=0.0
+        self, hidden_size, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, alike=False, conv=0,
+        dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         self.options = {
             "divisor": divisor, "norm": norm, "position": position, "matches": matches, "ending": ending,
-            "attention": attention, "conv": conv,
+            "attention": attention, "alike": alike, "conv": conv,
         }  # fmt: skip
         self.norm, self.position, self.matches, self.ending = norm, position, matches, ending
-        self.attention, self.dropout = attention, dropout
-        width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention
+        self.attention, self.alike, self.dropout = attention, alike, dropout
+        width, features = hidden_size // divisor, 4 * position + 2 * matches + 2 * attention + 4 * alike
         self.fc1 = nn.Linear(hidden_size, width)
         self.fc2 = nn.Linear(width, 2)
         if features:
@@ -268,6 +272,7 @@ class PruneHead(nn.Module):
         x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
         hidden = linear(self.fc1, x).float()  # the large products, in the model's dtype
         features += self.match_features(x, seqlens) if self.matches else []
+        features += self.alike_features(x, seqlens) if self.alike else []
         if features:
             hidden = hidden + self.features(torch.cat(features, -1))
         if self.ending:
@@ -294,6 +299,18 @@ class PruneHead(nn.Module):
             out.append(torch.cat((dots.amax(-1), dots.logsumexp(-1) - math.log(len(queries))), -1))
         return [torch.cat(out)]
 
+    def alike_features(self, x, seqlens):
+        """[(T, 4)]: likeness of each token and the last ones of its prompt, and that of its neighbours."""
+        out = []
+        for rows in x.split(seqlens):
+            unit, index = F.normalize(rows.float(), dim=-1), torch.arange(len(rows), device=x.device)
+            cosines = unit @ unit[-QUERIES:].T
+            most = cosines.where(index[:, None] < index[-QUERIES:], 0).amax(-1)
+            both = 2 * torch.stack((most, (most > 0.9).float()))
+            near = F.avg_pool1d(both, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
+            out.append(torch.cat((both, near)).T)
+        return [torch.cat(out)]
+
     @torch.no_grad()
     def attention_features(self, x, positions, seqlens, block):
         """[(T, 2 * attention)]: logarithms of the attention weights of `block` on each token, head by head, mean over the rows
@@ -318,10 +335,10 @@ class PruneHead(nn.Module):
     def flops(self, rows, config=None):
         """FLOPs of scoring that many tokens of one prompt; config: the model's, for attention."""
         linears = [m for name, m in self.named_children() if name not in ("q_proj", "end_proj")]  # and conv
-        queries = min(QUERIES, rows) if self.matches else 0
+        queries = min(QUERIES, rows)
         few = queries * self.q_proj.weight.numel() if self.matches else 0
         few += self.end_proj.weight.numel() if self.ending else 0
-        products = rows * queries * self.matches * RANK
+        products = rows * queries * (self.matches * RANK + self.alike * self.fc1.in_features)
         if self.attention:
             sampled, width = len(sampled_rows(rows)), config.head_dim * config.num_attention_heads
             kv_width = config.head_dim * config.num_key_value_heads
@@ -331,7 +348,7 @@ class PruneHead(nn.Module):
     def forward(self, x, positions=None, seqlens=None, block=None):
         """The call of every scorer: x: (T, hidden_size), the input of `block` -> scores (T,) float32.
 
-        positions: (T,), seqlens: rows of each of the packed prompts, for position, matches, ending, attention and conv.
+        positions: (T,), seqlens: rows of each of the packed prompts, for all options but divisor, norm and dropout.
         """
         keep, drop = self.logits(x, positions, seqlens, block).unbind(-1)
         return keep - drop

@@ -35,7 +35,7 @@ from tokenizer import Tokenizer
 from train import PAPER, TrainConfig
 
 BARE = {
-    n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "conv", "dropout")
+    n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "alike", "conv", "dropout")
 }  # the paper's head
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
@@ -58,11 +58,12 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         "plain": BARE,
         "+ norm": BARE | {"norm": True},
         "+ position": BARE | {"norm": True, "position": True},
-        "+ matches": {"ending": False, "attention": False, "dropout": 0.0},
-        "+ ending": {"attention": False, "dropout": 0.0},
-        "+ dropout": {"attention": False},
-        **{f"+ attention, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
-        **{f"+ attention, conv {k}": {"conv": k} for k in (5, 17)},
+        "+ matches": {"ending": False, "attention": False, "alike": False, "dropout": 0.0},
+        "+ ending": {"attention": False, "alike": False, "dropout": 0.0},
+        "+ dropout": {"attention": False, "alike": False},
+        "+ attention": {"alike": False},
+        **{f"+ alike, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
+        **{f"+ alike, conv {k}": {"conv": k} for k in (5, 17)},
     },
     "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
     "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)} | {"ours": {}},

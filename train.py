@@ -64,6 +64,7 @@ class TrainConfig:
     matches: int = 8  # products with the prompt's last tokens that they see
     ending: bool = True  # they know how the prompt ends: plain text, or a question
     attention: bool = True  # they see how much attention a token gets in the block to come
+    alike: bool = True  # they see how like the prompt's last tokens a token and its neighbours are
     conv: int = 0  # neighbours over which their hidden layer is convolved, an odd number (0: none)
     dropout: float = 0.1  # on their hidden layer, in training
     teacher: str = saliency.TEACHER  # response_attention, grad_norm, grad_x_input (the paper's) or attention_entropy
@@ -115,13 +116,14 @@ class TrainConfig:
 # Found on 30 layers; a model of 16 or fewer has too few between them: give --stages or --shares.
 OUR_STAGES = {1 / 15: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 # Of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last.
 GATE_WIDTHS = 0.5, 0.15
 BUDGETS = 0.3  # L_kl draws the compute of every step from the schedule's down to this share less: from r = 0.9 to 0.8 on 30 layers
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
+CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
 # Flags that may differ between runs of equal outcome.
 NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_rows"
 
@@ -628,7 +630,8 @@ def new_head(model, config):
     scores that start saturated cost a hundred steps (held-out rank loss 0.55 against 0.65 after 64)."""
     attention = model.config.num_attention_heads * config.attention
     same = {
-        name: getattr(config, name) for name in ("divisor", "norm", "position", "matches", "ending", "conv", "dropout")
+        name: getattr(config, name)
+        for name in ("divisor", "norm", "position", "matches", "ending", "alike", "conv", "dropout")
     }
     head = PruneHead(model.config.hidden_size, attention=attention, **same)
     for name in ("fc2", "end_proj", "conv"):  # the latter two grow as they are of use
@@ -829,9 +832,9 @@ def main():
                 f"--kl_weight draws budgets down to {1 - BUDGETS:.0%} of the schedule's: {error}"
             ) from None
     masked = config.lm_weight or config.kl_weight
-    if len(schedule.scored()) > 1 and masked and (config.attention or config.matches or config.ending or config.conv):
+    if len(schedule.scored()) > 1 and masked and any(getattr(config, name) for name in CONTEXT):
         raise ValueError(
-            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending --conv 0, as these heads would see masked tokens"
+            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending --no-alike --conv 0, as these heads would see masked tokens"
         )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)

@@ -626,8 +626,9 @@ OPTIONS = {
     "matches": dict(matches=3),
     "ending": dict(ending=True),
     "attention": dict(attention=4),
+    "alike": dict(alike=True),
     "conv": dict(conv=5),
-    "all": dict(divisor=1, norm=True, position=True, matches=2, ending=True, attention=4, conv=3),
+    "all": dict(divisor=1, norm=True, position=True, matches=2, ending=True, attention=4, alike=True, conv=3),
 }
 each_head = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 ALIVE = [[*range(4), *range(7, 60), 63], [0, 1, 5, 6, 40], [0]]  # positions of prompts that have lost tokens
@@ -644,9 +645,10 @@ def random_head(options):
 
 
 def rows_of(positions):
-    """Hidden states of packed prompts, not centred: (T, 32) float32, positions (T,), rows of each."""
+    """Hidden states of packed prompts, not centred, some of them twice: (T, 32) float32, positions (T,), rows of each."""
     lens = [len(p) for p in positions]
     x = 2 * torch.randn(sum(lens), 32, generator=torch.Generator().manual_seed(1)) + 1
+    x[[0, 5, 9]] = x[[lens[0] - 1, lens[0] - 8, 9]]
     return x, torch.tensor(sum(positions, [])), lens
 
 
@@ -672,8 +674,9 @@ def loop_attention(block, x, positions):
 
 
 def loop_score(
-    head, x, positions, block, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0, conv=0
-):
+    head, x, positions, block, divisor=4, norm=False, position=False, matches=0, ending=False, attention=0,
+    alike=False, conv=0,
+):  # fmt: skip
     """A head's scores of one prompt, token by token, in float64 and plain Python but for the products of a matrix and a row."""
     weights, n = {name: p.double() for name, p in head.state_dict().items()}, positions[-1] + 1
     assert weights["fc1.weight"].shape == (32 // divisor, 32)
@@ -682,6 +685,10 @@ def loop_score(
         mean = sum(row) / 32
         rows.append((row - mean) / (sum((row - mean) ** 2) / 32 + 1e-5) ** 0.5 if norm else row)
     queries = [(weights["q_proj.weight"] @ row).tolist() for row in rows[-32:]] if matches else []
+    likeness, last = [], range(max(0, len(rows) - 32), len(rows))
+    for i, row in enumerate(rows):
+        most = max([0] * (i >= last[0]) + [(row @ rows[j] / (row.norm() * rows[j].norm())).item() for j in last if j > i])
+        likeness.append((2 * most, 2 * (most > 0.9)))
     for i, (row, p) in enumerate(zip(rows, positions)):
         hidden, features = weights["fc1.weight"] @ row + weights["fc1.bias"], []
         if position:
@@ -694,6 +701,9 @@ def loop_score(
             dots = [[sum(key[i] * query[i] for i in span) / 4 for query in queries] for span in spans]
             features += [max(d) for d in dots]
             features += [math.log(sum(math.exp(v) for v in d) / len(d)) for d in dots]
+        if alike:
+            near = likeness[max(0, i - 16) : i + 17]
+            features += [*likeness[i], *(sum(values) / len(near) for values in zip(*near))]
         if features:
             hidden = hidden + weights["features.weight"] @ torch.tensor(features, dtype=torch.float64)
         if ending:
@@ -730,7 +740,7 @@ def test_options_equal_loops(options, window):
     # what is not asked for has no weights, and with no option the head is the paper's
     names = {name.split(".")[0] for name in head.state_dict()} - {"fc1", "fc2"}
     wanted = {"position": {"features"}, "attention": {"features"}, "matches": {"features", "q_proj", "k_proj"}}
-    wanted |= {"ending": {"end_proj"}, "conv": {"conv"}}
+    wanted |= {"ending": {"end_proj"}, "alike": {"features"}, "conv": {"conv"}}
     assert names == set().union(*(wanted.get(name, set()) for name in options))
 
 

@@ -534,7 +534,7 @@ def test_label_cache(tmp_path, monkeypatch):
 FLAGS = (
     "--dtype float32 --device cpu --first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80"
     " --checkpoint_every 10 --epochs 2 --eval_prompts 2 --accumulate 2 --rank_pairs 40"
-    " --stages 2 --span 3 --matches 0 --no-ending --no-attention --lm_weight 0.1 --mse_weight 1 --rank_weight 1"
+    " --stages 2 --span 3 --matches 0 --no-ending --no-attention --no-alike --lm_weight 0.1 --mse_weight 1 --rank_weight 1"
 )
 
 
@@ -614,7 +614,7 @@ def test_recipes(world, monkeypatch, capsys, recipe):
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
-        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0, "conv": 0}
+        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0, "alike": False, "conv": 0}
         assert meta["head"] == {"divisor": 4, **bare} and meta["span"] == 1
         assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
