@@ -73,7 +73,7 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl, needle, or tasks of lm-evaluation-harness with commas
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
-    methods: str = ",".join(METHODS)  # NAME@16 has spans of 16, NAME@16@2 one stage, at 2, NAME+h2o@0.4 40 % of KV
+    methods: str = ",".join(METHODS)  # NAME@16: spans of 16, @16@2: one stage, at 2, @16@2/25: and the floor
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
@@ -161,20 +161,23 @@ def needle_results(tokenizer, model, examples, rankers=None, schedule=None, kv=N
 
 
 def parse(method):
-    """(name, span or None, layer or None) of NAME, NAME@SPAN or NAME@SPAN@LAYER, each with or without +KV; ValueError for any other."""
-    name, *numbers = method.partition("+")[0].split("@")
-    fits = len(numbers) <= 2 and all(n.isdecimal() for n in numbers) and 0 not in map(int, numbers[:1])
-    if name not in KNOWN or not fits:
-        forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2"
+    """(name, span or None, layers of its stages, if any) of NAME, NAME@SPAN, NAME@SPAN@LAYER or NAME@SPAN@LAYER/FLOOR, each with or without +KV.
+
+    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive.
+    """
+    match = re.fullmatch(r"(\w+)(?:@([1-9]\d*)(?:@(\d+)(?:/(\d+))?)?)?", method.partition("+")[0])
+    name, span, *stages = match.groups() if match else (None, None)
+    layers = [int(layer) for layer in stages if layer]
+    if name not in KNOWN or layers != sorted({*layers}):
+        forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2, NAME@16@2/25 for the floor from 25 on too"
         raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; {forms})")
-    if numbers and name == "dense" or len(numbers) == 2 and name in (*WITH_HEADS, "floor", *PEERS):
+    if span and name == "dense" or layers and name in (*WITH_HEADS, "floor", *PEERS):
         raise ValueError(f"method {method!r}: {name} has " + ("no stages" if name == "dense" else "stages of its own"))
     if compressed(method) and name == "gemfilter":
         raise ValueError(
             f"method {method!r}: gemfilter's second prompt is a shorter one, and so would a share of it be"
         )
-    span, layer = (*map(int, numbers), None, None)[:2]
-    return name, span, layer
+    return name, span and int(span), layers
 
 
 def compressed(method):
@@ -231,7 +234,7 @@ def policy(method, config, schedule, heads, n, keep=0.0):
     comes after a prefill, has what it scores by beside it too.
     ValueError where these stages cannot be had for it.
     """
-    (name, span, layer), layers = parse(method), config.num_hidden_layers
+    (name, span, at), layers = parse(method), config.num_hidden_layers
     if name == "dense":
         return None
     own = {
@@ -241,7 +244,7 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         "self_information": {0: 0.5},
         "floor": {min(schedule): 0.0},
     }
-    shares = own.get(name, schedule) if layer is None else {layer: 0.5}
+    shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, schedule)
     stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span))
     if name == "floor":
         return stages
@@ -344,7 +347,7 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
 
     ValueError for an unknown method or layer, no example, or no heads for sdtp.
     """
-    if outside := [method for method in methods if (parse(method)[2] or 0) >= config.num_hidden_layers]:
+    if outside := [method for method in methods if max(parse(method)[2], default=0) >= config.num_hidden_layers]:
         raise ValueError(f"method {outside[0]!r}: the model has layers 0 to {config.num_hidden_layers - 1}")
     if not examples:
         raise ValueError("no prompt to evaluate on")

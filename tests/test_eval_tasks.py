@@ -277,6 +277,16 @@ def test_policy(name, span, keep):
         assert stages == Schedule(6, STAGES)
 
 
+def test_policy_with_a_floor():
+    """NAME@SPAN@LAYER/FLOOR: one stage, and the protected tokens alone from the floor on, at the budget; no floor where that alone is cheaper."""
+    model, n = tiny.build(**DEEPER), 300
+    stages = policy("random@4@1/5", model.config, STAGES, None, n, 0.5)
+    assert list(stages) == [1, 5] and stages[5] == 0 < stages[1] < 1 and stages.span == 4
+    budget = flops_by_hand(model, [n] * 4 + [150] * 2)
+    assert method_flops_by_hand("random", model, n, stages.alive(n)) == pytest.approx(budget, rel=0.005)
+    assert list(policy("random@4@1/5", model.config, STAGES, None, n, 0.9)) == [1]
+
+
 def test_policy_out_of_reach(capsys):
     """Stages that begin too late, or a first pass that takes up the budget, are refused by name; in a run they are left out of it."""
     model, deep = tiny.build(**DEEPER), Schedule(6, {0: 0.4})
@@ -431,11 +441,11 @@ def test_self_information_is_the_prompt_s():
 
 @pytest.mark.parametrize(
     "method",
-    "random@x random@0 random@-4 random@2.5 random@ random@00@1 random@4@ random@4@x random@@2 random@4@2@1 magic@4 magic@4@2 @4".split()
+    "random@x random@0 random@-4 random@2.5 random@ random@00@1 random@4@ random@4@x random@@2 random@4@2@1 random@4/2 random@4@2/ random@4@2/x random@4@2/2 random@4@3/2 random@4@2/3/4 magic@4 magic@4@2 @4".split()
     + [""],
 )
 def test_unknown_methods(method):
-    """A span that is no whole number above 0, a layer that is none and a method that is none are refused by name."""
+    """A span that is no whole number above 0, a layer that is none, a floor below a stage and a method that is none are refused by name."""
     with pytest.raises(ValueError, match=f"unknown method '{method}'"):
         parse(method)
 
@@ -452,9 +462,9 @@ def test_methods_without_a_layer(name):
 
 def test_known_methods():
     """Every method there is, every one but dense with a span, and scorers at a layer."""
-    assert [parse(name) for name in KNOWN] == [(name, None, None) for name in KNOWN]
-    assert all(parse(f"{name}@16") == (name, 16, None) for name in KNOWN if name != "dense")
-    assert parse("random@32@0") == ("random", 32, 0) and parse("teacher@8@12") == ("teacher", 8, 12)
+    assert [parse(name) for name in KNOWN] == [(name, None, []) for name in KNOWN]
+    assert all(parse(f"{name}@16") == (name, 16, []) for name in KNOWN if name != "dense")
+    assert parse("random@32@0") == ("random", 32, [0]) and parse("teacher@8@12/13") == ("teacher", 8, [12, 13])
 
 
 def test_methods_with_compression():
@@ -462,7 +472,7 @@ def test_methods_with_compression():
     for name in sorted(set(KNOWN) - {"gemfilter"}):
         assert parse(f"{name}+h2o") == parse(name) and compressed(f"{name}+h2o") == Compression("h2o", 0.4)
         assert compressed(name) is None
-    assert parse("random@32@0+snapkv@0.25") == ("random", 32, 0)
+    assert parse("random@32@0+snapkv@0.25") == ("random", 32, [0])
     assert compressed("random@32@0+snapkv@0.25") == Compression("snapkv", 0.25)
     for kv in ("+", "+magic", "+h2o@x", "+h2o@0", "+h2o@1.5", "+h2o@nan", "+h2o@0.4@2", "+h2o+snapkv"):
         with pytest.raises(ValueError, match=re.escape(f"unknown KV compression in method 'dense{kv}'")):

@@ -687,7 +687,9 @@ def loop_score(
     queries = [(weights["q_proj.weight"] @ row).tolist() for row in rows[-32:]] if matches else []
     likeness, last = [], range(max(0, len(rows) - 32), len(rows))
     for i, row in enumerate(rows):
-        most = max([0] * (i >= last[0]) + [(row @ rows[j] / (row.norm() * rows[j].norm())).item() for j in last if j > i])
+        most = max(
+            [0] * (i >= last[0]) + [(row @ rows[j] / (row.norm() * rows[j].norm())).item() for j in last if j > i]
+        )
         likeness.append((2 * most, 2 * (most > 0.9)))
     for i, (row, p) in enumerate(zip(rows, positions)):
         hidden, features = weights["fc1.weight"] @ row + weights["fc1.bias"], []

@@ -614,7 +614,15 @@ def test_recipes(world, monkeypatch, capsys, recipe):
     meta = json.loads((world / "recipe" / "heads" / "heads.json").read_text())
     if recipe:
         assert {"lm", "mse", "rank", "alive_2"} <= log[0].keys() and "list" not in log[0] and len(log) == 3
-        bare = {"norm": False, "position": False, "matches": 0, "ending": False, "attention": 0, "alike": False, "conv": 0}
+        bare = {
+            "norm": False,
+            "position": False,
+            "matches": 0,
+            "ending": False,
+            "attention": 0,
+            "alike": False,
+            "conv": 0,
+        }
         assert meta["head"] == {"divisor": 4, **bare} and meta["span"] == 1
         assert list(meta["schedule"]) == ["1", "2"] and meta["teacher"] == "grad_norm"
     else:
