@@ -898,7 +898,7 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
     )
 
 
-@pytest.mark.parametrize("depth, layers", [(30, [2, 25]), (32, [2, 27]), (28, [2, 23]), (6, [0]), (3, [0])])
+@pytest.mark.parametrize("depth, layers", [(30, [0, 25]), (32, [0, 27]), (28, [0, 23]), (6, [0]), (3, [0])])
 def test_default_schedule(depth, layers):
     """Two stages, the late one down to the protected tokens, with the compute of the paper's at --ratio together; one where
     the late one leaves more to spare than that."""
