@@ -111,8 +111,8 @@ class TrainConfig:
     json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
 
 
-# {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later costs more
-# and heads know as much by embeddings and the first block's attention, and a late one, where hardly anything still is read
+# {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
+# more and heads at layers 0 to 2 prune about alike, and a late one, where hardly anything still is read
 # (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers.
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
