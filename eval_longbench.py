@@ -485,14 +485,15 @@ def report(config, model_config, heads, methods, datasets):
 
 
 def print_table(rows):
+    width = max(len(r["method"]) for r in rows)
     print(
-        f"{'set':<26} {'method':<18} {'sets':>4} {'n':>5} {'score':>6} {'95 % interval':>15} {'to dense':>8} {'95 % interval':>17}"
+        f"{'set':<26} {'method':<{width}} {'sets':>4} {'n':>5} {'score':>6} {'95 % interval':>15} {'to dense':>8} {'95 % interval':>17}"
         f" {'tokens':>7} {'alive':>6} {'FLOPs':>6} {'prefill s':>9} {'total s':>8}"
     )
     for r in rows:
         span, diff_span = f"[{r['low']:.1f}, {r['high']:.1f}]", f"[{r['diff_low']:+.1f}, {r['diff_high']:+.1f}]"
         print(
-            f"{r['set']:<26} {r['method']:<18} {r['sets']:>4} {r['n']:>5} {r['score']:>6.2f} {span:>15} {r['diff']:>+8.2f} {diff_span:>17}"
+            f"{r['set']:<26} {r['method']:<{width}} {r['sets']:>4} {r['n']:>5} {r['score']:>6.2f} {span:>15} {r['diff']:>+8.2f} {diff_span:>17}"
             f" {r['prompt_tokens']:>7.0f} {r['mean_alive']:>6.1%} {r['flops_share']:>6.3f} {r['prefill_seconds']:>9.3f} {r['seconds']:>8.3f}"
         )
 

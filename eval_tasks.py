@@ -45,6 +45,7 @@ from tokenizer import Tokenizer
 
 SCORERS = {  # training-free, at the stages of the heads
     "most_recent": scorers.most_recent,
+    "earliest": scorers.earliest,
     "norm": scorers.norm,
     "last_attention": scorers.last_attention(),  # the last 8 tokens, mean over heads
     "last_attention_w1": scorers.last_attention(1),
@@ -163,7 +164,8 @@ def needle_results(tokenizer, model, examples, rankers=None, schedule=None, kv=N
 def parse(method):
     """(name, span or None, layers of its stages, if any) of NAME, NAME@SPAN, NAME@SPAN@LAYER or NAME@SPAN@LAYER/FLOOR, each with or without +KV.
 
-    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive.
+    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive; no floor where that alone
+    costs less than the budget (Schedule.fitted).
     """
     match = re.fullmatch(r"(\w+)(?:@([1-9]\d*)(?:@(\d+)(?:/(\d+))?)?)?", method.partition("+")[0])
     name, span, *stages = match.groups() if match else (None, None)
@@ -514,12 +516,13 @@ def print_table(rows):
     """The rows of perplexity() or needle(), aligned, budget by budget."""
     found, bounds = "accuracy" in rows[0], "[{:+.1%}, {:+.1%}]".format
     kv = any(compressed(row["method"]) for row in rows)
+    width = max(len(row["method"]) for row in rows)
     value = f"{'accuracy':>9} {'diff':>9}" if found else f"{'loss':>7} {'ppl':>8} {'ppl diff':>9}"
     for keep, part in groupby(rows, lambda row: row["keep"]):
         if keep:
             print(f"at the FLOPs of the paper's stages with r = {keep:g}")
         print(
-            f"{'method':<26} {value} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
+            f"{'method':<{width}} {value} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
             f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}" + f" {'KV MiB':>8}" * kv
         )
         for r in part:
@@ -528,7 +531,7 @@ def print_table(rows):
             cells = f"{r['accuracy']:9.1%} {r['accuracy_diff']:+9.1%}" if found else ""
             cells = cells or f"{r['loss']:7.3f} {r['ppl']:8.2f} {r['ppl_diff']:+9.1%}"
             print(
-                f"{r['method']:<26} {cells} {bounds(r['low'], r['high']):>18} {over:>10} {span:>18}"
+                f"{r['method']:<{width}} {cells} {bounds(r['low'], r['high']):>18} {over:>10} {span:>18}"
                 f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
                 + f" {r['kv_bytes'] / 2**20:8.2f}" * kv
                 + " at the floor" * (r["at_floor"] == 1)

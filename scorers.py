@@ -26,6 +26,11 @@ def most_recent(x, positions, seqlens, block):
     return positions.float()
 
 
+def earliest(x, positions, seqlens, block):
+    """Earlier tokens first: what accumulated attention comes to before the first block (results/LOG.md, session 10)."""
+    return -positions.float()
+
+
 def norm(x, positions, seqlens, block):
     """L2 norm of the hidden state."""
     return x.float().norm(dim=-1)

@@ -237,8 +237,8 @@ class PruneHead(nn.Module):
     (a question asks for some of what is before it, plain text goes on with what is recent);
     attention: number of the model's attention heads, whose weights in the block to come each token's features are: how
     much the last 32 tokens attend to it, and how much they and 64 tokens spread over the prompt do (H2O's score, sampled).
-    alike: the cosine of its state and the most alike of the last 32 (that come after it), whether this is above 0.9, as where
-    it is the same word, and the means of both over its neighbours: what the prompt ends with, a question, names what it asks for;
+    alike: the cosine of its state (as normed) and the most alike of the last 32 that come after it, whether this is above 0.9, as
+    where it is the same word, and the means of both over neighbouring rows alive: a question names what it asks for;
     conv: a depthwise convolution over so many neighbouring rows alive (an odd number), added to the hidden layer;
     dropout: on the hidden layer, in training.
     """
@@ -300,7 +300,10 @@ class PruneHead(nn.Module):
         return [torch.cat(out)]
 
     def alike_features(self, x, seqlens):
-        """[(T, 4)]: likeness of each token and the last ones of its prompt, and that of its neighbours."""
+        """[(T, 4)]: likeness of each token and the last ones of its prompt, and that of its neighbours.
+
+        A token among the last ones is compared with those after it, and has at least 0.
+        """
         out = []
         for rows in x.split(seqlens):
             unit, index = F.normalize(rows.float(), dim=-1), torch.arange(len(rows), device=x.device)

@@ -65,7 +65,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         **{f"+ alike, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
         **{f"+ alike, conv {k}": {"conv": k} for k in (5, 17)},
     },
-    "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(1, 11)},
+    "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(11)},
     "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)} | {"ours": {}},
     "recency": {str(r): {"recency": r} for r in (0.0, 2.0, 4.0, 8.0)},
     "prompts": {str(n or "all"): {"max_prompts": n} for n in (125, 250, 500, 1000, 2000, 0)},
@@ -86,7 +86,7 @@ class StudyConfig:
     # study schedule
     scorer: str = "teacher"  # teacher, sdtp (with --heads), or a training-free scorer of eval_tasks.py
     heads: str = ""  # sdtp: folder of heads, at whose layers stages may be
-    layers: str = "1,2,4,6,8,10,13,16,20,24"  # where stages may be
+    layers: str = "0,1,2,4,6,8,10,13,16,20,24"  # where stages may be
     shares: str = "0.85,0.7,0.55,0.45,0.35,0.25,0.15"  # what they may keep
     ratio: float = 0.9  # compute to spend: of one stage at --first_layer with train.py's --ratio
     first_layer: int = 4  # the layer of that stage
@@ -114,8 +114,7 @@ def slug(variant):
 def run_variant(out, fields, config):
     """One run of train.py, or what is left of it; ValueError where it fails, or the folder holds another run."""
     base = {name: getattr(config, name) for name in ("ckpt", "data", "eval_prompts", "dtype", "device")}
-    base |= {"max_prompts": config.limit, "eval_methods": "sdtp,teacher"}
-    flags = [*arguments(base | fields), *shlex.split(config.flags)]
+    flags = [*arguments(base | {"max_prompts": config.limit} | fields), *shlex.split(config.flags)]
     started = (out / "config.json").is_file()
     if not started:
         write_atomic(out / "flags.json", json.dumps(flags).encode())
@@ -124,6 +123,7 @@ def run_variant(out, fields, config):
     if (out / "eval.json").is_file():
         return
     shared = ["--label_cache", config.label_cache, "--eval_rows", str(out.parent / "rows.jsonl")]
+    shared += ["--eval_methods", "sdtp,teacher"]  # which collect() reads, whatever --flags say
     places = ["--out_dir", str(out), *shared, *["--resume"] * started]
     if error := cli.run_logged("train.py", [*flags, *places], out / "stdout.log"):
         raise ValueError(f"variant {out.name!r} {error}")

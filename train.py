@@ -113,7 +113,8 @@ class TrainConfig:
 
 # {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
 # more and heads at layers 0 to 2 prune about alike, and a late one, where hardly anything still is read
-# (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers.
+# (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the late one alone costs
+# the budget, so that the early one drops nothing: give --stages or --shares there.
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
@@ -124,8 +125,8 @@ GATE_WIDTHS = 0.5, 0.15
 BUDGETS = 0.3  # L_kl draws the compute of every step from the schedule's down to this share less: from r = 0.9 to 0.8 on 30 layers
 CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
-# Flags that may differ between runs of equal outcome.
-NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_rows"
+# Flags that may differ between runs whose heads are the same.
+NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_methods", "eval_rows"
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -790,8 +791,8 @@ def prompts(config, tokenizer, model):
     return examples, held_out
 
 
-def measure(model, heads, held_out, schedule, history, config):
-    """Both figures and the table of all methods on the held-out prompts, in out_dir."""
+def measure(model, heads, held_out, training, schedule, history, config):
+    """Both figures and the table of all methods on the held-out prompts, in out_dir; training: prompts to calibrate on."""
     out = Path(config.out_dir)
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
@@ -800,7 +801,8 @@ def measure(model, heads, held_out, schedule, history, config):
     share = scoring / (sum(rest) + scoring)
     print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
     print(f"now {len(held_out)} held-out prompts", flush=True)
-    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")} | {"rows": config.eval_rows}
+    settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
+    settings |= {"rows": config.eval_rows, "training": training}
     rows = perplexity(model, held_out, config.eval_methods.split(","), schedule, heads, **settings)
     print_table(rows)
     for path in (config.json, out / "eval.json"):
@@ -845,10 +847,11 @@ def main():
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()
-    schedule = calibrate(model, [e.prompt for e in examples[:CALIBRATION_PROMPTS]], heads, schedule)
+    training = [e.prompt for e in examples[:CALIBRATION_PROMPTS]]
+    schedule = calibrate(model, training, heads, schedule)
     info = run_flags(config) | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
-    measure(model, heads, held_out, schedule, history, config)
+    measure(model, heads, held_out, training, schedule, history, config)
     (Path(config.out_dir) / "checkpoint.safetensors").unlink()
     if own_cache:
         shutil.rmtree(config.label_cache)

@@ -632,6 +632,26 @@ def test_recipes(world, monkeypatch, capsys, recipe):
         assert list(meta["schedule"]) == ["0"] and meta["teacher"] == "response_attention"
 
 
+@pytest.mark.parametrize("flag", ["--attention", "--matches 2", "--ending", "--alike", "--conv 3"])
+def test_masked_stages_refuse_heads_that_see_others(world, monkeypatch, flag):
+    """Of several stages, in one line, before the run begins."""
+    none = "--no-attention --matches 0 --no-ending --no-alike --conv 0 --stages 2 --lm_weight 0.1".split()
+    with pytest.raises(SystemExit, match="these heads would see masked tokens"):
+        run(world, "masked", monkeypatch, *none, *flag.split())
+    assert not (world / "masked").exists()
+
+
+def test_eval_methods_of_another_span(world, monkeypatch):
+    """sdtp_adaptive by spans of its own is calibrated anew; the table may be asked for otherwise on --resume."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "perplexity", None)
+        with pytest.raises(TypeError):
+            run(world, "adaptive", patch, "--epochs", "1")  # dies before its table
+    run(world, "adaptive", monkeypatch, "--epochs", "1", "--resume", "--eval_methods", "sdtp_adaptive@3")
+    rows = json.loads((world / "adaptive" / "eval.json").read_text())
+    assert [row["method"] for row in rows] == ["dense", "sdtp_adaptive@3"] and rows[1]["mean_alive"] < 1
+
+
 @pytest.mark.parametrize("methods", ["sdtp,nonsense", "random@4@9"])
 def test_eval_methods_are_checked_first(world, monkeypatch, methods):
     """Before the run begins, that is."""
