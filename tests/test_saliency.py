@@ -115,17 +115,17 @@ def test_entropy_equals_transformers(fields, tmp_path):
 @pytest.mark.parametrize("starts", [None, [15, 5, 8]])
 def test_response_attention_equals_transformers(fields, starts, tmp_path):
     """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, times its
-    value's norm, the largest head's, mean over the layers 2 to 5 of 7 from there on, of layer 6 its own; in a ragged batch, by
+    value's norm, the largest head's, mean over the layers 2 to 4 of 6 from there on, of layer 5 its own; in a ragged batch, by
     blocks of rows."""
     from transformers import AutoModelForCausalLM
 
-    tiny.write(tmp_path, num_hidden_layers=7, **fields)
+    tiny.write(tmp_path, num_hidden_layers=6, **fields)
     seqlens = [23, 6, 14]
     parts = [tiny.ids(n) for n in seqlens]
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
     model = Transformer.from_pretrained(tmp_path, torch.float64)
-    labels, states = saliency.mark(model, torch.cat(parts), [0, 3, 6], "response_attention", seqlens, starts)
-    blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 3, 6], seqlens, starts, block=3)
+    labels, states = saliency.mark(model, torch.cat(parts), [0, 3, 5], "response_attention", seqlens, starts)
+    blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 3, 5], seqlens, starts, block=3)
     values = {}  # {layer: (n, key heads * head_dim)}
     for layer, block in enumerate(hf.model.layers):
         block.self_attn.v_proj.register_forward_hook(lambda _, x, v, layer=layer: values.update({layer: v[0]}))
@@ -137,10 +137,12 @@ def test_response_attention_equals_transformers(fields, starts, tmp_path):
             size = values[layer].unflatten(-1, (2, -1)).norm(dim=-1).tolist()  # of tokens' key heads, each of two heads
             heads = [[sum(maps[0, h, q, k].item() for q in rows) * size[k][h // 2] for k in range(n)] for h in range(4)]
             best.append([max(head[k] for head in heads) for k in range(n)])
-        for layer, later in ((0, best[2:6]), (3, best[3:6]), (6, best[6:])):
+        for layer, later in ((0, best[2:5]), (3, best[3:5]), (5, best[5:])):
             expected = torch.tensor([sum(b[k] for b in later) / len(later) for k in range(n)], dtype=torch.float64)
             for got in (labels, blocks):
-                torch.testing.assert_close(got[layer].split(seqlens)[i].double(), expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    got[layer].split(seqlens)[i].double(), expected, rtol=1.3e-6, atol=1e-5
+                )  # float32, up to 15
             torch.testing.assert_close(states[layer].split(seqlens)[i], out.hidden_states[layer][0], rtol=0, atol=1e-4)
             assert expected[-1] == 0 and expected.std() > 0.02  # nothing reads the last token
 
