@@ -532,18 +532,23 @@ def load_checkpoint(path, heads, optimizer):
 
 
 def run_flags(config):
-    """The flags that make a run what it is, as a dict."""
-    return {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
+    """The flags that make a run what it is, as a dict, and what its labels are."""
+    flags = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
+    return flags | {"labels": saliency.LABELS}
 
 
 def saved_flags(config):
     """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
-    saved = read_json(Path(config.out_dir) / "config.json")
-    if unknown := run_flags(config).keys() - saved.keys():
+    saved, flags = read_json(Path(config.out_dir) / "config.json"), run_flags(config)
+    if saved.get("labels") != flags.pop("labels"):
+        raise ValueError(
+            f"--resume: the run in {config.out_dir} was begun by an older train.py, with other labels; begin anew in another --out_dir"
+        )
+    if unknown := flags.keys() - saved.keys():
         raise ValueError(
             f"--resume: the run in {config.out_dir} was begun by an older train.py, without --{min(unknown)}"
         )
-    for name, value in run_flags(config).items():
+    for name, value in flags.items():
         chosen = name in ("data", "device", "dtype") and value in ("", "auto")  # by the run
         if name in config.given and not chosen and value != saved[name]:
             raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")

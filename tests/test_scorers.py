@@ -145,15 +145,18 @@ def test_self_information(fields):
         torch.testing.assert_close(nats, single, rtol=0, atol=1e-5)
 
 
-def test_most_recent_keeps_the_latest():
-    """Pruning by most_recent leaves the first tokens and the end of each prompt."""
+@pytest.mark.parametrize("scorer", [scorers.most_recent, scorers.earliest])
+def test_position_scorers_keep_one_end(scorer):
+    """Pruning by most_recent leaves the first tokens and the end of each prompt, by earliest its beginning and the protected end."""
     model, schedule = tiny.build(), Schedule(3, {1: 0.6, 2: 0.35})
     ids = torch.cat([tiny.ids(40), tiny.ids(20)])
-    _, cache = prefill(model, ids, dict.fromkeys(schedule, scorers.most_recent), schedule, [40, 20])
+    _, cache = prefill(model, ids, dict.fromkeys(schedule, scorer), schedule, [40, 20])
     for layer, share in schedule.items():
         expected = []
         for n in (40, 20):
-            expected += [*range(4), *range(n - (int(n * share + 0.5) - 4), n)]
+            count, latest = int(n * share + 0.5), scorer is scorers.most_recent
+            first = 4 if latest else count - n // 10  # of the beginning
+            expected += [*range(first), *range(n - (count - first), n)]
         assert cache[layer].rows()[2].tolist() == expected
 
 

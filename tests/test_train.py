@@ -781,6 +781,9 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
     (out / "checkpoint.safetensors").write_bytes(checkpoint)
     with pytest.raises(SystemExit, match="--lr 0.002, not 0.5"):
         run(world, "killed", monkeypatch, "--resume", "--lr", "0.5")
+    with monkeypatch.context() as older, pytest.raises(SystemExit, match="older train.py, with other labels"):
+        older.setattr(saliency, "LABELS", 0)
+        run(world, "killed", older, "--resume")
     # nothing but the folder is needed: the flags are the run's own
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir", str(out)])
     cli.run(train.main)
