@@ -40,7 +40,7 @@ BARE = {
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {  # their labels as they are
-        name: fields | {"recency": 0.0}
+        name: fields | {"recency": 0.0, "primacy": 0.0}
         for name, fields in {
             **{f"{t}, {loss}": {"teacher": t, "label_loss": loss} for t in ("grad_norm", "grad_x_input") for loss in ("response", "all")},
             **{t: {"teacher": t} for t in ("response_attention", "attention_entropy")},
@@ -68,6 +68,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
     "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(11)},
     "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)} | {"ours": {}},
     "recency": {str(r): {"recency": r} for r in (0.0, 2.0, 4.0, 8.0)},
+    "primacy": {str(p): {"primacy": p} for p in (0.0, 0.5, 1.0, 2.0)},
     "prompts": {str(n or "all"): {"max_prompts": n} for n in (125, 250, 500, 1000, 2000, 0)},
     "seeds": {str(seed): {"seed": seed} for seed in range(3)},
 }  # fmt: skip

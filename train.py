@@ -69,7 +69,8 @@ class TrainConfig:
     dropout: float = 0.1  # on their hidden layer, in training
     teacher: str = saliency.TEACHER  # response_attention, grad_norm, grad_x_input (the paper's) or attention_entropy
     label_loss: str = saliency.LABEL_LOSS  # the tokens that labels are for: those of the response, or all next tokens
-    recency: float = 4.0  # plain text: labels grow by so many powers of e towards the prompt's end (recent_labels())
+    recency: float = 4.0  # plain text: labels grow by so many powers of e towards the prompt's end (tilted())
+    primacy: float = 1.0  # other prompts: labels fall by so many (tilted())
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list
@@ -117,7 +118,7 @@ class TrainConfig:
 # the budget, so that the early one drops nothing: give --stages or --shares there.
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0,
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 # Of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last.
@@ -451,22 +452,24 @@ def mark(model, examples, layers, config):
 
 
 def pack(model, examples, layers, config):
-    """mark() of a list of examples, the labels of plain text by recent_labels(); through --label_cache, if there is one."""
+    """mark() of a list of examples, tilted(); through --label_cache, if there is one."""
     marked = marked_once if config.label_cache else mark
     ids, seqlens, prompt_lens, labels, states = marked(model, examples, list(layers), config)
-    if config.recency:
-        labels = recent_labels(labels, examples, config.recency)
+    if config.recency or config.primacy:
+        labels = tilted(labels, examples, config.recency, config.primacy)
     return ids, seqlens, prompt_lens, labels, states
 
 
-def recent_labels(labels, examples, recency):
-    """Labels (T,) of the layers, those of plain text times e^(recency * position / prompt tokens).
+def tilted(labels, examples, recency, primacy):
+    """Labels (T,) of the layers, times e^(recency * position / prompt tokens) in plain text, e^(-primacy * the same) elsewhere.
 
     What a text goes on with is mostly recent. Which of the old it reads is hard to foretell, and heads that try do worse
-    than recency alone (results/LOG.md, session 6).
+    than recency alone (results/LOG.md, session 6). What an answer reads may be anywhere, but it reads what is near more,
+    and a token that is dropped is missing to all that come after it, too (session 11).
     """
-    positions = [torch.arange(len(e.prompt) + len(e.response)) * (e.text / len(e.prompt)) for e in examples]
-    return {layer: label * torch.exp(recency * torch.cat(positions)).to(label) for layer, label in labels.items()}
+    rates = [(recency if e.text else -primacy) / len(e.prompt) for e in examples]
+    positions = [torch.arange(len(e.prompt) + len(e.response)) * rate for e, rate in zip(examples, rates)]
+    return {layer: label * torch.cat(positions).exp().to(label) for layer, label in labels.items()}
 
 
 def marked_once(model, examples, layers, config):
@@ -738,8 +741,8 @@ def check_flags(config):
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(
-        0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency"
-    )
+        0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency", "primacy",
+    )  # fmt: skip
     if not any(getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")):
         raise ValueError(
             "all weights are 0: give one of --list_weight, --kl_weight, --lm_weight, --mse_weight, --rank_weight"

@@ -705,18 +705,18 @@ def stop(*args):
 
 
 @pytest.mark.parametrize("cache", ["", "labels"])
-def test_recent_labels(tmp_path, cache):
-    """Labels of plain text grow towards the prompt's end, those of other prompts stay; the label cache holds them as marked."""
+def test_tilted_labels(tmp_path, cache):
+    """Labels of plain text grow towards the prompt's end, those of other prompts fall; the label cache holds them as marked."""
     model = tiny.build(torch.float32)
     a, b = (Example(tiny.ids(12).tolist(), tiny.ids(4).tolist(), text) for text in (True, False))
-    config = train.TrainConfig(recency=0.0, label_cache=str(tmp_path / cache) if cache else "")
+    config = train.TrainConfig(recency=0.0, primacy=0.0, label_cache=str(tmp_path / cache) if cache else "")
     plain = train.pack(model, [a, b], [0, 2], config)[3]
-    config.recency = 3.0
+    config.recency, config.primacy = 3.0, 2.0
     for _ in range(2):  # from the cache too
         labels = train.pack(model, [a, b], [0, 2], config)[3]
         for layer in (0, 2):
             growth = (labels[layer] / plain[layer])[plain[layer] > 0]
-            expected = [math.exp(3 * i / 12) for i in range(15)] + [1.0] * 15  # nothing reads the last token
+            expected = [math.exp(rate * i / 12) for rate in (3, -2) for i in range(15)]  # nothing reads the last token
             torch.testing.assert_close(growth, torch.tensor(expected))
 
 
