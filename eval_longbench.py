@@ -485,7 +485,7 @@ def report(config, model_config, heads, methods, datasets):
 
 
 def print_table(rows):
-    width = max(len("method"), *(len(r["method"]) for r in rows))
+    width = max(map(len, ["method", *(r["method"] for r in rows)]))
     print(
         f"{'set':<26} {'method':<{width}} {'sets':>4} {'n':>5} {'score':>6} {'95 % interval':>15} {'to dense':>8} {'95 % interval':>17}"
         f" {'tokens':>7} {'alive':>6} {'FLOPs':>6} {'prefill s':>9} {'total s':>8}"

@@ -516,7 +516,7 @@ def print_table(rows):
     """The rows of perplexity() or needle(), aligned, budget by budget."""
     found, bounds = "accuracy" in rows[0], "[{:+.1%}, {:+.1%}]".format
     kv = any(compressed(row["method"]) for row in rows)
-    width = max(len("method"), *(len(row["method"]) for row in rows))
+    width = max(map(len, ["method", *(row["method"] for row in rows)]))
     value = f"{'accuracy':>9} {'diff':>9}" if found else f"{'loss':>7} {'ppl':>8} {'ppl diff':>9}"
     for keep, part in groupby(rows, lambda row: row["keep"]):
         if keep:

@@ -40,8 +40,8 @@ def label(model, ids, layers, teacher=TEACHER, seqlens=None, prompt_lens=None, c
     grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
     response_attention mean over the layers of READING, from that layer on, of what the response reads of a token: the
                        scored rows' attention to it times its value's norm, the largest head's (Kobayashi et al. 2020:
-                       tokens that get attention for want of another have small values). For a layer behind READING,
-                       of all from there on. A loss has no gradient where copying goes well. No backward pass.
+                       tokens that get attention for want of another have small values). Behind READING, that layer's
+                       alone. A loss has no gradient where copying goes well. No backward pass.
     attention_entropy  1 - mean over heads of H_i / log(visible tokens of i), H_i the entropy of token
                        i's attention at that layer: a token that looks somewhere in particular matters.
                        A token that sees only itself has entropy 0. Needs no loss.
@@ -91,16 +91,16 @@ def mark(
 NOISE = 0.5
 
 
-def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None, attend=None, blocks=None):
-    """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block of the first `blocks`).
+def hidden_states(model, ids, layers, seqlens, checkpoint_blocks=False, noise=None, attend=None, depth=None):
+    """Dense forward; returns ({layer: input of that block, (T, hidden_size)}, output of the last block that ran).
 
     The graph starts at the first of the layers: no gradient is needed before it, nor of any parameter.
-    noise: a torch.Generator of Gaussian noise on the embeddings.
+    noise: a torch.Generator of Gaussian noise on the embeddings; depth: only so many blocks run.
     """
     x, positions, states = model.embed(ids), model.positions(seqlens), {}
     if noise:
         x = x + NOISE * x.std() * torch.randn(x.shape, generator=noise).to(x)
-    for layer, block in enumerate(model.layers[:blocks]):
+    for layer, block in enumerate(model.layers[:depth]):
         if layer in layers:
             states[layer] = x = x if states else x.detach().requires_grad_()
         run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks and states else block
@@ -127,10 +127,9 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
     return torch.cat(out)
 
 
-# Of the layers, the part whose reading response_attention counts: from 5/6 on OUR_STAGES (train.py) leaves nothing that could be
-# read, and early layers foretell less of what dropping a span costs (Spearman's rho on 160 prompts, 15 random masks and the
-# scorers' own: layers 10 to 24 of 30 0.583 and 0.709 at shares of 0.786 and 0.55, 0 to 24 0.567 and 0.708, all 0.550 and 0.679;
-# results/LOG.md, session 10).
+# Of the layers, the part whose reading response_attention counts: from 5/6 on OUR_STAGES (train.py) leaves nothing that could
+# be read, and early layers foretell less of what dropping a span costs (Spearman's rho on 160 prompts at shares of 0.786 and
+# 0.55: layers 10 to 24 of 30 0.583 and 0.709, 0 to 24 0.567 and 0.708, all 0.550 and 0.679; results/LOG.md, session 10).
 READING = 1 / 3, 5 / 6
 
 
@@ -141,11 +140,10 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
     prompt_lens None: attention from every row but the last. No block runs that no label reads.
     """
     starts, received = [1] * len(seqlens) if prompt_lens is None else prompt_lens, []
-    first, end = (round(depth * len(model.layers)) for depth in READING)
-    blocks = end if max(layers) < end else len(model.layers)
+    first, end = (round(share * len(model.layers)) for share in READING)
 
     def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-        if len(received) < first:
+        if len(received) < first:  # a layer that no label counts
             received.append(None)
             return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
         parts, sizes = [], v.float().norm(dim=-1).repeat_interleave(q.shape[1] // v.shape[1], 1).T  # (Hq, T)
@@ -158,9 +156,10 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
         received.append(torch.cat(parts))
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
 
-    states, _ = hidden_states(model, ids, layers, seqlens, noise=noise, attend=gather, blocks=blocks)
-    parts = {layer: slice(max(layer, first), end if layer < end else blocks) for layer in states}
-    labels = {layer: torch.stack(received[part]).mean(0) for layer, part in parts.items()}
+    states, _ = hidden_states(
+        model, ids, layers, seqlens, noise=noise, attend=gather, depth=max([end, *(layer + 1 for layer in layers)])
+    )
+    labels = {layer: torch.stack(received[max(layer, first) : max(layer + 1, end)]).mean(0) for layer in states}
     return labels, {layer: x.detach() for layer, x in states.items()}
 
 

@@ -465,7 +465,7 @@ def tilted(labels, examples, recency, primacy):
 
     What a text goes on with is mostly recent. Which of the old it reads is hard to foretell, and heads that try do worse
     than recency alone (results/LOG.md, session 6). What an answer reads may be anywhere, but it reads what is near more,
-    and a token that is dropped is missing to all that come after it, too (session 11).
+    and a token that is dropped is missing to all that come after it, too (results/LOG.md, session 11).
     """
     rates = [(recency if e.text else -primacy) / len(e.prompt) for e in examples]
     positions = [torch.arange(len(e.prompt) + len(e.response)) * rate for e, rate in zip(examples, rates)]
@@ -535,23 +535,18 @@ def load_checkpoint(path, heads, optimizer):
 
 
 def run_flags(config):
-    """The flags that make a run what it is, as a dict, and what its labels are."""
-    flags = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
-    return flags | {"labels": saliency.LABELS}
+    """The flags that make a run what it is, as a dict."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
 
 
 def saved_flags(config):
     """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
-    saved, flags = read_json(Path(config.out_dir) / "config.json"), run_flags(config)
-    if saved.get("labels") != flags.pop("labels"):
-        raise ValueError(
-            f"--resume: the run in {config.out_dir} was begun by an older train.py, with other labels; begin anew in another --out_dir"
-        )
-    if unknown := flags.keys() - saved.keys():
-        raise ValueError(
-            f"--resume: the run in {config.out_dir} was begun by an older train.py, without --{min(unknown)}"
-        )
-    for name, value in flags.items():
+    saved = read_json(Path(config.out_dir) / "config.json")
+    unknown = run_flags(config).keys() - saved.keys()
+    if unknown or saved.get("labels") != saliency.LABELS:
+        other = f"without --{min(unknown)}" if unknown else "with other labels"
+        raise ValueError(f"--resume: the run in {config.out_dir} was begun by another version of train.py, {other}")
+    for name, value in run_flags(config).items():
         chosen = name in ("data", "device", "dtype") and value in ("", "auto")  # by the run
         if name in config.given and not chosen and value != saved[name]:
             raise ValueError(f"--resume: the run in {config.out_dir} has --{name} {saved[name]!r}, not {value!r}")
@@ -567,7 +562,9 @@ def start_or_resume(config, heads, optimizer):
                 f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it"
             )
         (out / "eval.json").unlink(missing_ok=True)  # an older run's: would say that this one is finished
-        write_atomic(out / "config.json", (json.dumps(run_flags(config), indent=2) + "\n").encode())
+        write_atomic(
+            out / "config.json", (json.dumps(run_flags(config) | {"labels": saliency.LABELS}, indent=2) + "\n").encode()
+        )
     if not path.is_file():  # a new run, or one killed before its first checkpoint
         if (out / "eval.json").is_file():
             raise ValueError(f"--resume: the run in {out} is finished")
@@ -757,6 +754,9 @@ def check_flags(config):
         raise ValueError(f"--conv {config.conv}: an odd number is needed, the token itself in their middle")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout {config.dropout}: at least 0 and below 1 is needed")
+    for name in ("recency", "primacy"):
+        if (value := getattr(config, name)) > 20:
+            raise ValueError(f"--{name} {value}: at most 20 powers of e are needed, or labels are no numbers any more")
     if config.tau <= 0:
         raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
 
@@ -857,7 +857,7 @@ def main():
         head.eval()
     training = [e.prompt for e in examples[:CALIBRATION_PROMPTS]]
     schedule = calibrate(model, training, heads, schedule)
-    info = run_flags(config) | cli.ORIGIN
+    info = run_flags(config) | {"labels": saliency.LABELS} | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
     measure(model, heads, held_out, training, schedule, history, config)
     (Path(config.out_dir) / "checkpoint.safetensors").unlink()

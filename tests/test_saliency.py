@@ -115,8 +115,8 @@ def test_entropy_equals_transformers(fields, tmp_path):
 @pytest.mark.parametrize("starts", [None, [15, 5, 8]])
 def test_response_attention_equals_transformers(fields, starts, tmp_path):
     """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, times its
-    value's norm, the largest head's, mean over the layers 2 to 4 of 6 from there on, for layer 5 from there to the end; with
-    stages in front alone too, where the last block does not run; in a ragged batch, by blocks of rows."""
+    value's norm, the largest head's, mean over the layers 2 to 4 of 6 from there on, of layer 5 its own; in a ragged batch, by
+    blocks of rows."""
     from transformers import AutoModelForCausalLM
 
     tiny.write(tmp_path, num_hidden_layers=6, **fields)
@@ -126,7 +126,6 @@ def test_response_attention_equals_transformers(fields, starts, tmp_path):
     model = Transformer.from_pretrained(tmp_path, torch.float64)
     labels, states = saliency.mark(model, torch.cat(parts), [0, 3, 5], "response_attention", seqlens, starts)
     blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 3, 5], seqlens, starts, block=3)
-    front, _ = saliency.response_labels(model, torch.cat(parts), [0, 3], seqlens, starts)
     assert [round(30 * depth) for depth in saliency.READING] == [10, 25]
     values = {}  # {layer: (n, key heads * head_dim)}
     for layer, block in enumerate(hf.model.layers):
@@ -141,7 +140,7 @@ def test_response_attention_equals_transformers(fields, starts, tmp_path):
             best.append([max(head[k] for head in heads) for k in range(n)])
         for layer, later in ((0, best[2:5]), (3, best[3:5]), (5, best[5:])):
             expected = torch.tensor([sum(b[k] for b in later) / len(later) for k in range(n)], dtype=torch.float64)
-            for got in (labels, blocks, labels | front):
+            for got in (labels, blocks):
                 torch.testing.assert_close(got[layer].split(seqlens)[i].double(), expected, rtol=0, atol=2e-5)
             torch.testing.assert_close(states[layer].split(seqlens)[i], out.hidden_states[layer][0], rtol=0, atol=1e-4)
             assert expected[-1] == 0 and expected.std() > 0.02  # nothing reads the last token
@@ -191,6 +190,19 @@ def test_checkpointed_blocks(teacher, monkeypatch):
     got = label(model, tiny.ids(20), [1, 2], teacher, [12, 8], [5, 4], checkpoint_blocks=True)
     assert all(torch.equal(got[layer], expected[layer]) for layer in (1, 2))
     assert sorted(calls) == [0, 1, 1, 2, 2]
+
+
+def test_response_attention_runs_what_it_reads(monkeypatch):
+    """Blocks behind those whose reading counts do not run, unless a stage is there; labels and states are the same."""
+    model, calls = tiny.build(num_hidden_layers=6), []
+    expected = saliency.mark(model, tiny.ids(20), [0, 3, 5], "response_attention", [12, 8], [5, 4])
+    for layer, block in enumerate(model.layers):
+        monkeypatch.setattr(block, "forward", lambda *a, f=block.forward, i=layer, **k: calls.append(i) or f(*a, **k))
+    for layers, depth in (([0, 3], 5), ([5], 6)):
+        got = saliency.mark(model, tiny.ids(20), layers, "response_attention", [12, 8], [5, 4])
+        assert all(torch.equal(g[layer], e[layer]) for g, e in zip(got, expected) for layer in layers)
+        assert calls == list(range(depth)), calls
+        calls.clear()
 
 
 def test_sparsity():

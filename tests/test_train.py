@@ -705,18 +705,21 @@ def stop(*args):
 
 
 @pytest.mark.parametrize("cache", ["", "labels"])
-def test_tilted_labels(tmp_path, cache):
+@pytest.mark.parametrize("recency, primacy", [(3.0, 2.0), (0.0, 2.0), (3.0, 0.0)])
+def test_tilted_labels(recency, primacy, tmp_path, cache):
     """Labels of plain text grow towards the prompt's end, those of other prompts fall; the label cache holds them as marked."""
     model = tiny.build(torch.float32)
     a, b = (Example(tiny.ids(12).tolist(), tiny.ids(4).tolist(), text) for text in (True, False))
     config = train.TrainConfig(recency=0.0, primacy=0.0, label_cache=str(tmp_path / cache) if cache else "")
     plain = train.pack(model, [a, b], [0, 2], config)[3]
-    config.recency, config.primacy = 3.0, 2.0
+    config.recency, config.primacy = recency, primacy
     for _ in range(2):  # from the cache too
         labels = train.pack(model, [a, b], [0, 2], config)[3]
         for layer in (0, 2):
             growth = (labels[layer] / plain[layer])[plain[layer] > 0]
-            expected = [math.exp(rate * i / 12) for rate in (3, -2) for i in range(15)]  # nothing reads the last token
+            expected = [
+                math.exp(rate * i / 12) for rate in (recency, -primacy) for i in range(15)
+            ]  # nothing reads the last token
             torch.testing.assert_close(growth, torch.tensor(expected))
 
 
@@ -781,9 +784,14 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch, capsys):
     (out / "checkpoint.safetensors").write_bytes(checkpoint)
     with pytest.raises(SystemExit, match="--lr 0.002, not 0.5"):
         run(world, "killed", monkeypatch, "--resume", "--lr", "0.5")
-    with monkeypatch.context() as older, pytest.raises(SystemExit, match="older train.py, with other labels"):
-        older.setattr(saliency, "LABELS", 0)
-        run(world, "killed", older, "--resume")
+    saved = (out / "config.json").read_text()
+    for missing, name in (("with other labels", "labels"), ("without --primacy", "primacy")):
+        flags = json.loads(saved)
+        del flags[name]
+        (out / "config.json").write_text(json.dumps(flags))
+        with pytest.raises(SystemExit, match=f"another version of train.py, {missing}"):
+            run(world, "killed", monkeypatch, "--resume")
+    (out / "config.json").write_text(saved)
     # nothing but the folder is needed: the flags are the run's own
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir", str(out)])
     cli.run(train.main)
@@ -859,6 +867,7 @@ def test_what_is_given_wins_over_paper(world, monkeypatch):
         ("--conv 4", "--conv 4: an odd number"),
         ("--dropout 1", "--dropout 1.0: at least 0"),
         ("--tau 0", "--tau 0.0: a temperature above 0"),
+        ("--primacy 100", "--primacy 100.0: at most 20"),
         ("--list_weight 0", "all weights are 0"),
         ("--kl_weight 1 --lm_weight 1", "two pruned models"),
         ("--kl_weight 1", "--kl_weight goes on from trained heads: give --init"),
