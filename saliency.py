@@ -141,6 +141,7 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
     """
     starts, received = [1] * len(seqlens) if prompt_lens is None else prompt_lens, []
     first, end = (round(share * len(model.layers)) for share in READING)
+    depth = max([end, *(layer + 1 for layer in layers)])
 
     def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
         if len(received) < first:  # a layer that no label counts
@@ -156,9 +157,7 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
         received.append(torch.cat(parts))
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
 
-    states, _ = hidden_states(
-        model, ids, layers, seqlens, noise=noise, attend=gather, depth=max([end, *(layer + 1 for layer in layers)])
-    )
+    states, _ = hidden_states(model, ids, layers, seqlens, noise=noise, attend=gather, depth=depth)
     labels = {layer: torch.stack(received[max(layer, first) : max(layer + 1, end)]).mean(0) for layer in states}
     return labels, {layer: x.detach() for layer, x in states.items()}
 

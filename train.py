@@ -455,9 +455,7 @@ def pack(model, examples, layers, config):
     """mark() of a list of examples, tilted(); through --label_cache, if there is one."""
     marked = marked_once if config.label_cache else mark
     ids, seqlens, prompt_lens, labels, states = marked(model, examples, list(layers), config)
-    if config.recency or config.primacy:
-        labels = tilted(labels, examples, config.recency, config.primacy)
-    return ids, seqlens, prompt_lens, labels, states
+    return ids, seqlens, prompt_lens, tilted(labels, examples, config.recency, config.primacy), states
 
 
 def tilted(labels, examples, recency, primacy):
@@ -539,6 +537,11 @@ def run_flags(config):
     return {name: value for name, value in asdict(config).items() if name not in NOT_THE_RUN}
 
 
+def run_info(config):
+    """What config.json and heads.json say of a run: its flags, and of which kind its labels are."""
+    return run_flags(config) | {"labels": saliency.LABELS}
+
+
 def saved_flags(config):
     """Fill in the flags of the run that --resume goes on with; ValueError for one given otherwise on the command line."""
     saved = read_json(Path(config.out_dir) / "config.json")
@@ -562,9 +565,7 @@ def start_or_resume(config, heads, optimizer):
                 f"{path} belongs to an unfinished run: go on with --resume, or choose another --out_dir, or delete it"
             )
         (out / "eval.json").unlink(missing_ok=True)  # an older run's: would say that this one is finished
-        write_atomic(
-            out / "config.json", (json.dumps(run_flags(config) | {"labels": saliency.LABELS}, indent=2) + "\n").encode()
-        )
+        write_atomic(out / "config.json", (json.dumps(run_info(config), indent=2) + "\n").encode())
     if not path.is_file():  # a new run, or one killed before its first checkpoint
         if (out / "eval.json").is_file():
             raise ValueError(f"--resume: the run in {out} is finished")
@@ -857,7 +858,7 @@ def main():
         head.eval()
     training = [e.prompt for e in examples[:CALIBRATION_PROMPTS]]
     schedule = calibrate(model, training, heads, schedule)
-    info = run_flags(config) | {"labels": saliency.LABELS} | cli.ORIGIN
+    info = run_info(config) | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
     measure(model, heads, held_out, training, schedule, history, config)
     (Path(config.out_dir) / "checkpoint.safetensors").unlink()

@@ -717,9 +717,8 @@ def test_tilted_labels(recency, primacy, tmp_path, cache):
         labels = train.pack(model, [a, b], [0, 2], config)[3]
         for layer in (0, 2):
             growth = (labels[layer] / plain[layer])[plain[layer] > 0]
-            expected = [
-                math.exp(rate * i / 12) for rate in (recency, -primacy) for i in range(15)
-            ]  # nothing reads the last token
+            # of 15 tokens: nothing reads the last one
+            expected = [math.exp(rate * i / 12) for rate in (recency, -primacy) for i in range(15)]
             torch.testing.assert_close(growth, torch.tensor(expected))
 
 
