@@ -44,8 +44,8 @@ def prompt_text(config):
 def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
     """(training Examples, held-out Examples) of pydoc, made, dolly, FILE.jsonl, FILE.txt, or several of these with commas.
 
-    pydoc: windows of Python's manual; made: needles to find, sentences to copy and passages to go on with, in the manual,
-    in the texts and in the contexts of the rows among the sources, and those rows among other rows' contexts.
+    pydoc: windows of Python's manual; made: needles to find, sentences to copy and passages to go on with, in the manual
+    and in the contexts of the rows among the sources, and those rows among other rows' contexts.
     prompt_len, score_len: tokens of a text window's prompt and response (score_len also caps a row's
     response); min_prompt, max_prompt: rows whose prompt has fewer or more tokens are left out.
     """
@@ -55,12 +55,10 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
         if name in rows:
             part = [list(row_examples(half, tokenizer, score_len, min_prompt, max_prompt)) for half in rows[name]]
         elif name == "made":
-            texts = [manual(), *(read_text(other) for other in names if other.endswith(".txt"))]
-            documents = [[[half] for half in split_text(text)] for text in texts]
-            documents += [[contexts(half) for half in pair] for pair in rows.values()]
+            texts = [split_text(manual()), *([contexts(half) for half in pair] for pair in rows.values())]
             part = [
-                [e for each in half for e in made_examples(each, tokenizer, prompt_len, score_len, held_out)]
-                for held_out, half in enumerate(zip(*documents))
+                [e for text in half for e in made_examples(text, tokenizer, prompt_len, score_len, held_out)]
+                for held_out, half in enumerate(zip(*texts))
             ]
             for halves in rows.values():
                 more = [row_examples(crowded(half), tokenizer, score_len, min_prompt, max_prompt) for half in halves]
@@ -98,8 +96,8 @@ def split_text(text):
 
 
 def contexts(rows):
-    """The rows' contexts."""
-    return [row["context"].strip() for row in rows if row["context"].strip()]
+    """The rows' contexts as one text."""
+    return "\n\n".join(row["context"].strip() for row in rows if row["context"].strip())
 
 
 CROWDED = 700  # rows of a source that made uses so
@@ -219,19 +217,17 @@ def copy_examples(text, tokenizer, prompt_len, count, score_len):
     return examples
 
 
-def made_examples(documents, tokenizer, prompt_len, score_len, held_out=False, count=100):
-    """Needle, copy and window Examples of documents, one of each in turn, of prompt_len and of twice as many tokens.
+def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=100):
+    """Needle, copy and window Examples of a text, one of each in turn, of prompt_len and of twice as many tokens.
 
-    A window lies within one document: of what was written apart, nothing that is long ago would be read. count: of
-    needles and of copies at most, half of either length; windows: half as many short ones and twice as many long ones,
-    from which what plain text reads of long ago is learnt. Those held out: in other words, with other answers.
+    count: of needles and of copies at most, half of either length; windows: half as many short ones and twice as many
+    long ones, from which what plain text reads of long ago is learnt. Those held out: in other words, with other answers.
     """
-    text, examples = "\n\n".join(documents), []
+    examples = []
     for length, most in ((prompt_len, count // 2), (2 * prompt_len, 2 * count)):
         needles = needle_examples(text, tokenizer, length, count // 2, held_out, seed=length + held_out)
         copies = copy_examples(text, tokenizer, length, count // 2, score_len)
-        long = [document for document in documents if len(document) > length]  # a token is a character at least
-        windows = [w for document in long for w in text_windows(document, tokenizer, length, score_len)]
+        windows = text_windows(text, tokenizer, length, score_len)
         windows = windows[:: len(windows) // most + 1]
         examples.append(in_turn(needles, copies, windows))
     return in_turn(*examples)

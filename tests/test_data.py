@@ -294,31 +294,16 @@ def test_made():
 
 
 def test_made_of_contexts(tmp_path):
-    """Beside rows, made prompts are of the rows' contexts too, of those of their own part alone, windows of one context each."""
+    """Beside rows, made prompts are of the rows' contexts too, of those of their own part alone."""
     words, context = Words(), "Item {0} is in room {0} of the house.\nBut item {0} was never seen there. "
-    rows = [row(i, context=context * (20 if i % 4 else 3)) for i in range(400)]
+    rows = [row(i, context=context * 3) for i in range(400)]
     parts = data.load(write(tmp_path / "r.jsonl", rows) + ",made", words, 128, 24, 10, 200)
     for part, half in zip(parts, data.split_rows(rows)):
         texts = [text for text in (words.decode(e.prompt) for e in part) if "Item " in text and "what is " not in text]
         assert {kind(text) for text in texts} == {"needle", "copy", "window"}
-        windows = [set(re.findall(r"(?:Item|item|room) (\d+) ", text)) for text in texts if kind(text) == "window"]
-        assert len(windows) > 5 and all(len(numbers) == 1 for numbers in windows)
-        numbers = {n for t in texts if kind(t) != "needle" for n in re.findall(r"Item (\d+) ", t)}
-        own = {r["instruction"] for r in half}
+        numbers, own = {n for t in texts for n in re.findall(r"Item (\d+) ", t)}, {r["instruction"] for r in half}
         assert len(numbers) > len(half) / 4 and {f"what is {n}?" for n in numbers} <= own
         assert sum("Item " not in words.decode(e.prompt) for e in part) > 40  # the manual's
-
-
-def test_made_of_texts(tmp_path):
-    """Beside a text, made prompts are of it too, of its own part alone."""
-    words, text = Words(), "".join(f"On day {i} the crew of ship {i} saw no land at all. " for i in range(1000))
-    (tmp_path / "a.txt").write_text(text)
-    cut = int(len(text) * 0.9)
-    for part, own in zip(data.load(f"made,{tmp_path / 'a.txt'}", words, 128, 24), (text[:cut], text[cut:])):
-        texts = [t for t in (words.decode(e.prompt) for e in part) if " the crew of ship " in t]
-        assert {kind(t) for t in texts} == {"needle", "copy", "window"}
-        days = {int(n) for t in texts for n in re.findall(r"the crew of ship (\d+) saw no land", t)}
-        assert days <= {int(n) for n in re.findall(r"the crew of ship (\d+) saw no land", own)} and len(days) > 90
 
 
 def test_texts_are_tokenised_once():
