@@ -37,7 +37,7 @@ from train import PAPER, TrainConfig
 BARE = {
     n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "alike", "conv", "dropout")
 }  # the paper's head
-STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X
+STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X; init: the variant whose heads to begin with
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {  # their labels as they are
         name: fields | {"recency": 0.0, "primacy": 0.0}
@@ -53,6 +53,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         "no rank, no MSE": PAPER | {"rank_weight": 0.0, "mse_weight": 0.0},
         "with distillation": PAPER | {"distill": True},
         "ours": {},
+        "ours, fine-tuned": {"init": "ours", "kl_weight": 1.0, "list_weight": 0.1, "lr": 5e-4, "epochs": 1},
     },
     "heads": {
         "plain": BARE,
@@ -80,7 +81,7 @@ class StudyConfig:
     data: str = ""  # as train.py's
     limit: int = 500  # training prompts at most (0: all; variants that ask for more are left out)
     eval_prompts: int = 32  # held-out prompts that variants are measured on
-    flags: str = ""  # more flags for every variant's train.py: --flags="--epochs 2 --lr 1e-3"
+    flags: str = ""  # more flags for every variant's train.py, its own go before them: --flags="--epochs 2 --lr 1e-3"
     out_dir: str = "out/studies"  # runs go to out_dir/NAME/VARIANT
     label_cache: str = "out/studies/labels"  # what all runs have marked
     results: str = "results/studies"  # the table, figure and JSON go here
@@ -115,7 +116,7 @@ def slug(variant):
 def run_variant(out, fields, config):
     """One run of train.py, or what is left of it; ValueError where it fails, or the folder holds another run."""
     base = {name: getattr(config, name) for name in ("ckpt", "data", "eval_prompts", "dtype", "device")}
-    flags = [*arguments(base | {"max_prompts": config.limit} | fields), *shlex.split(config.flags)]
+    flags = [*arguments(base | {"max_prompts": config.limit}), *shlex.split(config.flags), *arguments(fields)]
     started = (out / "config.json").is_file()
     if not started:
         write_atomic(out / "flags.json", json.dumps(flags).encode())
@@ -204,7 +205,9 @@ def run_variants(name, config):
         if config.limit and not 0 < fields.get("max_prompts", 1) <= config.limit:
             print(f"{variant}: left out, --limit is {config.limit}", flush=True)
             continue
-        out = Path(config.out_dir) / name / slug(variant)
+        runs = Path(config.out_dir) / name
+        out = runs / slug(variant)
+        fields = fields | ({"init": str(runs / slug(fields["init"]) / "heads")} if "init" in fields else {})
         print(f"{variant}: {' '.join(arguments(fields))} > {out / 'stdout.log'}", flush=True)
         run_variant(out, fields, config)
         rows.append(collect(variant, out))

@@ -19,7 +19,7 @@ import study
 from sdtp import Schedule
 from study import allocate, arguments, collect, flops_of, one_stage, table
 
-FLAGS = "--first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80 --checkpoint_every 10"
+FLAGS = "--first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80 --checkpoint_every 10 --epochs 4"
 TWO = {"two": {"a": {"seed": 1}, "b, longer": {"seed": 1, "epochs": 8, "norm": False}, "left out": {"max_prompts": 50}}}
 
 
@@ -82,6 +82,21 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
     assert table(rows) in (world / "results" / "two.md").read_text()
     with pytest.raises(SystemExit, match="a holds a run with other flags"):
         run(monkeypatch, world, "two", *more, "--limit", "10")
+
+
+def test_a_variant_that_begins_with_anothers_heads(world, monkeypatch):
+    """Its --init is that variant's folder of heads; a variant's own flags go before --flags."""
+    asked = []
+    monkeypatch.setattr(cli, "run_logged", lambda script, flags, log: asked.append(flags))
+    monkeypatch.setattr(study, "collect", lambda variant, out: {"variant": variant, "eval_prompts": 1})
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    three = {"three": {"a, b": {"epochs": 3}, "after": {"init": "a, b", "lr": 1e-3}}}
+    monkeypatch.setattr(study, "STUDIES", three)
+    monkeypatch.setattr(sys, "argv", argv(world, "three", "--flags=--lr 1 --epochs 2"))
+    cli.run(study.main)
+    first, after = (dict(zip(flags, flags[1:])) for flags in asked)  # of a flag given twice the last, as argparse
+    assert "--init" not in first and (first["--epochs"], first["--lr"]) == ("3", "1")
+    assert (after["--init"], after["--epochs"], after["--lr"]) == (f"{world}/out/three/a__b/heads", "2", "0.001")
 
 
 def test_a_variant_that_fails(world, monkeypatch):
