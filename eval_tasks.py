@@ -366,9 +366,9 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
 
 
 def result_keys(task, model, examples, plan, heads, seed, labels):
-    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV."""
+    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV; heads: their hash."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
-    own = dict.fromkeys(WITH_HEADS, heads and hashlib.sha256(heads_bytes(heads)).hexdigest())
+    own = dict.fromkeys(WITH_HEADS, heads)
     own |= {"random": seed, "teacher": [saliency.LABELS, *labels]}
     keys = {}
     for (keep, method), stages in plan.items():
@@ -395,7 +395,8 @@ def evaluate(
     for (keep, method), stages in plan.items():
         if parse(method)[0] == "sdtp_adaptive":
             plan[keep, method] = adapted(model, stages, heads, schedule, training)
-    keys = result_keys(task, model, examples, plan, heads, seed, [teacher, label_loss])
+    digest = heads and hashlib.sha256(heads_bytes(heads)).hexdigest()  # the sha256 of their heads.json
+    keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
     results = Results(rows)
     if any(key not in results for column in keys.values() for key in column):
@@ -413,8 +414,9 @@ def evaluate(
                     shared[name] = given_scores(name, model, batch, layers, teacher, label_loss)
                 given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
             found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
+            which = {"keep": keep, "method": method} | ({"heads": digest} if name in WITH_HEADS else {})
             for key, result in zip(todo, found):
-                results.add({"key": key, "keep": keep, "method": method, **result})
+                results.add({"key": key, **which, **result})
     return {which: [results[key] for key in column] for which, column in keys.items()}
 
 

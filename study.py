@@ -132,15 +132,24 @@ def run_variant(out, fields, config):
 
 
 def collect(variant, out):
-    """The table row of a finished run: heads and teacher on its held-out prompts, the mean of the log's last tenth."""
+    """(the table row of a finished run: heads and teacher on its held-out prompts, the mean of the log's last tenth; its
+    heads' results, prompt by prompt)."""
     rows = {row["method"]: row for row in json.loads(data.read_text(out / "eval.json"))}
     log = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines()]
     end = log[-max(1, len(log) // 10) :]
-    row = {"variant": variant, "prompts": read_json(out / "heads" / "heads.json")["prompts"]}
+    heads = read_json(out / "heads" / "heads.json")
+    every = [json.loads(line) for line in data.read_text(out.parent / "rows.jsonl").splitlines()]
+    row = {"variant": variant, "prompts": heads["prompts"]}
     row |= {name: statistics.fmean(r[name] for r in end) for name in ("overlap", "list") if name in end[0]}
     row |= {name: rows["sdtp"][name] for name in ("ppl_diff", "low", "high", "mean_alive", "flops_share")}
     row |= {"teacher_ppl_diff": rows["teacher"]["ppl_diff"], "eval_prompts": rows["sdtp"]["prompts"]}
-    return row | {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
+    row |= {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
+    results = [result for result in every if result.get("heads") == heads["sha256"]]
+    if not results:
+        raise ValueError(
+            f"{out.parent}/rows.jsonl has no result of {out}'s heads: delete the study's folder and start again"
+        )
+    return row, results
 
 
 COLUMNS = {  # of the Markdown table: title -> how a row fills it
@@ -150,6 +159,7 @@ COLUMNS = {  # of the Markdown table: title -> how a row fills it
     "L_list": "{list:.3f}",
     "PPL difference": "{ppl_diff:+.1%}",
     "95 % interval": "{low:+.1%} to {high:+.1%}",
+    "over the first, paired": "{over_first:+.1%} [{over_first_low:+.1%}, {over_first_high:+.1%}]",
     "of the teacher": "{teacher_ppl_diff:+.1%}",
     "mean alive": "{mean_alive:.3f}",
     "FLOPs": "{flops_share:.3f}",
@@ -200,7 +210,7 @@ def write(name, rows, config, note="Prompts trained on; measured on held-out one
 
 def run_variants(name, config):
     """A study of STUDIES; what is done so far is written after each variant."""
-    rows = []
+    rows, first = [], None
     for variant, fields in STUDIES[name].items():
         if config.limit and not 0 < fields.get("max_prompts", 1) <= config.limit:
             print(f"{variant}: left out, --limit is {config.limit}", flush=True)
@@ -210,7 +220,10 @@ def run_variants(name, config):
         fields = fields | ({"init": str(runs / slug(fields["init"]) / "heads")} if "init" in fields else {})
         print(f"{variant}: {' '.join(arguments(fields))} > {out / 'stdout.log'}", flush=True)
         run_variant(out, fields, config)
-        rows.append(collect(variant, out))
+        row, results = collect(variant, out)
+        first = first or results
+        row |= zip(("over_first", "over_first_low", "over_first_high"), eval_tasks.compare(results, first, np.expm1))
+        rows.append(row)
         write(name, rows, config)
     print(table(rows))
     draw(rows, f"{name}, {rows[0]['eval_prompts']} held-out prompts", Path(config.results) / f"{name}.png")

@@ -75,6 +75,11 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
     for row, name in zip(rows, ("a", "b__longer"), strict=True):
         by_method = {r["method"]: r for r in json.loads((out / name / "eval.json").read_text())}
         assert row["ppl_diff"] == by_method["sdtp"]["ppl_diff"] and row["prompts"] == 20
+        ratio = (1 + row["ppl_diff"]) / (1 + rows[0]["ppl_diff"])
+        assert (
+            row["over_first"] == pytest.approx(ratio - 1)
+            and row["over_first_low"] <= ratio - 1 <= row["over_first_high"]
+        )
     measured = [json.loads(line)["method"] for line in (out / "rows.jsonl").read_text().splitlines()]
     assert (measured.count("dense"), measured.count("sdtp")) == (2, 4)  # two prompts, two variants
     assert {*measured} == {"dense", "sdtp", "teacher"}
@@ -88,7 +93,9 @@ def test_a_variant_that_begins_with_anothers_heads(world, monkeypatch):
     """Its --init is that variant's folder of heads; a variant's own flags go before --flags."""
     asked = []
     monkeypatch.setattr(cli, "run_logged", lambda script, flags, log: asked.append(flags))
-    monkeypatch.setattr(study, "collect", lambda variant, out: {"variant": variant, "eval_prompts": 1})
+    monkeypatch.setattr(
+        study, "collect", lambda variant, out: ({"variant": variant, "eval_prompts": 1}, [{"value": 1, "count": 1}])
+    )
     monkeypatch.setattr(study, "draw", lambda *_: None)
     three = {"three": {"a, b": {"epochs": 3}, "after": {"init": "a, b", "lr": 1e-3}}}
     monkeypatch.setattr(study, "STUDIES", three)
@@ -111,15 +118,22 @@ def test_a_variant_that_fails(world, monkeypatch):
 
 def test_collect_and_table(tmp_path):
     """A row by hand: heads' and teacher's figures, the mean of the log's last tenth."""
-    (tmp_path / "heads").mkdir()
-    (tmp_path / "heads" / "heads.json").write_text('{"prompts": 7}')
+    (tmp_path / "a" / "heads").mkdir(parents=True)
+    (tmp_path / "a" / "heads" / "heads.json").write_text('{"prompts": 7, "sha256": "c0de"}')
+    others = [{"method": "sdtp", "heads": "another", "value": 5}, {"method": "dense", "value": 6}]
+    ours = [{"method": "sdtp", "heads": "c0de", "value": v} for v in (1, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (ours[0], *others, ours[1])))
     origin = {"prompts": 3, "commit": "c", "command": "python train.py", "mean_alive": 0.5, "flops_share": 0.4}
     sdtp = {"method": "sdtp", "ppl_diff": 0.25, "low": 0.125, "high": 0.5, **origin}
     evaluated = [{"method": "teacher", "ppl_diff": -0.0625}, sdtp]
-    (tmp_path / "eval.json").write_text(json.dumps(evaluated))
+    (tmp_path / "a" / "eval.json").write_text(json.dumps(evaluated))
     log = [{"step": i, "overlap": 0.25 * (i >= 18) + 0.5 * (i == 19), "list": i} for i in range(20)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    row = collect("a", tmp_path)
+    (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    row, results = collect("a", tmp_path / "a")
+    assert results == ours
+    (tmp_path / "rows.jsonl").write_text(json.dumps(others[0]) + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl has no result of .*a's heads: delete"):
+        collect("a", tmp_path / "a")
     assert row["overlap"] == 0.5 and row["list"] == 18.5 and row["teacher_ppl_diff"] == -0.0625 and row["prompts"] == 7
     bare = {k: v for k, v in row.items() if k != "list"} | {"variant": "b"}
     assert table([row, bare]).splitlines() == [
