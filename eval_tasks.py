@@ -395,7 +395,7 @@ def evaluate(
     for (keep, method), stages in plan.items():
         if parse(method)[0] == "sdtp_adaptive":
             plan[keep, method] = adapted(model, stages, heads, schedule, training)
-    digest = heads and hashlib.sha256(heads_bytes(heads)).hexdigest()  # the sha256 of their heads.json
+    digest = heads and hashlib.sha256(heads_bytes(heads)).hexdigest()
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
     results = Results(rows)
@@ -414,7 +414,10 @@ def evaluate(
                     shared[name] = given_scores(name, model, batch, layers, teacher, label_loss)
                 given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
             found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
-            which = {"keep": keep, "method": method} | ({"heads": digest} if name in WITH_HEADS else {})
+            which = {"keep": keep, "method": method}
+            if name in WITH_HEADS:  # as in their heads.json
+                shares = {str(layer): share for layer, share in stages.items()}
+                which |= {"sha256": digest, "span": stages.span, "schedule": shares}
             for key, result in zip(todo, found):
                 results.add({"key": key, **which, **result})
     return {which: [results[key] for key in column] for which, column in keys.items()}

@@ -144,7 +144,7 @@ def collect(variant, out):
     row |= {name: rows["sdtp"][name] for name in ("ppl_diff", "low", "high", "mean_alive", "flops_share")}
     row |= {"teacher_ppl_diff": rows["teacher"]["ppl_diff"], "eval_prompts": rows["sdtp"]["prompts"]}
     row |= {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
-    results = [result for result in every if result.get("heads") == heads["sha256"]]
+    results = [r for r in every if all(r.get(name) == heads[name] for name in ("sha256", "span", "schedule"))]
     if not results:
         raise ValueError(
             f"{out.parent}/rows.jsonl has no result of {out}'s heads: delete the study's folder and start again"

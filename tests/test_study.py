@@ -119,9 +119,13 @@ def test_a_variant_that_fails(world, monkeypatch):
 def test_collect_and_table(tmp_path):
     """A row by hand: heads' and teacher's figures, the mean of the log's last tenth."""
     (tmp_path / "a" / "heads").mkdir(parents=True)
-    (tmp_path / "a" / "heads" / "heads.json").write_text('{"prompts": 7, "sha256": "c0de"}')
-    others = [{"method": "sdtp", "heads": "another", "value": 5}, {"method": "dense", "value": 6}]
-    ours = [{"method": "sdtp", "heads": "c0de", "value": v} for v in (1, 2)]
+    (tmp_path / "a" / "heads" / "heads.json").write_text(
+        '{"prompts": 7, "sha256": "c0de", "span": 8, "schedule": {"0": 0.5}}'
+    )
+    same = {"method": "sdtp", "sha256": "c0de", "span": 8, "schedule": {"0": 0.5}}
+    ours = [same | {"value": v} for v in (1, 2)]
+    others = [same | part for part in ({"sha256": "another"}, {"span": 1}, {"schedule": {"0": 0.4}})]
+    others.append({"method": "dense", "value": 6})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (ours[0], *others, ours[1])))
     origin = {"prompts": 3, "commit": "c", "command": "python train.py", "mean_alive": 0.5, "flops_share": 0.4}
     sdtp = {"method": "sdtp", "ppl_diff": 0.25, "low": 0.125, "high": 0.5, **origin}
