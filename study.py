@@ -37,6 +37,7 @@ from train import PAPER, TrainConfig
 BARE = {
     n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "alike", "conv", "dropout")
 }  # the paper's head
+LOSSES = {name: value for name, value in PAPER.items() if name != "epochs"}  # as many as ours
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X; init: the variant whose heads to begin with
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {  # their labels as they are
@@ -48,10 +49,10 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         }.items()
     },
     "losses": {
-        "paper": PAPER,
-        "no rank": PAPER | {"rank_weight": 0.0},
-        "no rank, no MSE": PAPER | {"rank_weight": 0.0, "mse_weight": 0.0},
-        "with distillation": PAPER | {"distill": True},
+        "paper": LOSSES,
+        "no rank": LOSSES | {"rank_weight": 0.0},
+        "no rank, no MSE": LOSSES | {"rank_weight": 0.0, "mse_weight": 0.0},
+        "with distillation": LOSSES | {"distill": True},
         "ours": {},
         "ours, fine-tuned": {"init": "ours", "kl_weight": 1.0, "list_weight": 0.1, "lr": 5e-4, "epochs": 1},
     },
@@ -81,7 +82,7 @@ class StudyConfig:
     data: str = ""  # as train.py's
     limit: int = 500  # training prompts at most (0: all; variants that ask for more are left out)
     eval_prompts: int = 32  # held-out prompts that variants are measured on
-    flags: str = ""  # more flags for every variant's train.py, its own go before them: --flags="--epochs 2 --lr 1e-3"
+    flags: str = ""  # more flags for every variant's train.py, its own win over these: --flags="--epochs 2 --lr 1e-3"
     out_dir: str = "out/studies"  # runs go to out_dir/NAME/VARIANT
     label_cache: str = "out/studies/labels"  # what all runs have marked
     results: str = "results/studies"  # the table, figure and JSON go here
@@ -144,11 +145,11 @@ def collect(variant, out):
     row |= {name: rows["sdtp"][name] for name in ("ppl_diff", "low", "high", "mean_alive", "flops_share")}
     row |= {"teacher_ppl_diff": rows["teacher"]["ppl_diff"], "eval_prompts": rows["sdtp"]["prompts"]}
     row |= {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
-    results = [r for r in every if all(r.get(name) == heads[name] for name in ("sha256", "span", "schedule"))]
-    if not results:
-        raise ValueError(
-            f"{out.parent}/rows.jsonl has no result of {out}'s heads: delete the study's folder and start again"
-        )
+    own = {"method": "sdtp", **{name: heads[name] for name in ("sha256", "span", "schedule")}}
+    results = [result for result in every if all(result.get(name) == value for name, value in own.items())]
+    if len(results) != rows["sdtp"]["prompts"]:
+        rest = f"delete it and {out.parent}/*/eval.json, and give the same command again"
+        raise ValueError(f"{out.parent}/rows.jsonl has {len(results)} results of {out}'s heads: {rest}")
     return row, results
 
 

@@ -90,7 +90,7 @@ def test_killed_and_resumed(world, monkeypatch, capsys):
 
 
 def test_a_variant_that_begins_with_anothers_heads(world, monkeypatch):
-    """Its --init is that variant's folder of heads; a variant's own flags go before --flags."""
+    """Its --init is that variant's folder of heads; a variant's own flags win over --flags."""
     asked = []
     monkeypatch.setattr(cli, "run_logged", lambda script, flags, log: asked.append(flags))
     monkeypatch.setattr(
@@ -123,10 +123,12 @@ def test_collect_and_table(tmp_path):
         '{"prompts": 7, "sha256": "c0de", "span": 8, "schedule": {"0": 0.5}}'
     )
     same = {"method": "sdtp", "sha256": "c0de", "span": 8, "schedule": {"0": 0.5}}
-    ours = [same | {"value": v} for v in (1, 2)]
-    others = [same | part for part in ({"sha256": "another"}, {"span": 1}, {"schedule": {"0": 0.4}})]
+    ours = [same | {"value": v} for v in (1, 2, 3)]
+    others = [
+        same | part for part in ({"sha256": "another"}, {"span": 1}, {"schedule": {"0": 0.4}}, {"method": "sdtp+h2o"})
+    ]
     others.append({"method": "dense", "value": 6})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (ours[0], *others, ours[1])))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (ours[0], *others, *ours[1:])))
     origin = {"prompts": 3, "commit": "c", "command": "python train.py", "mean_alive": 0.5, "flops_share": 0.4}
     sdtp = {"method": "sdtp", "ppl_diff": 0.25, "low": 0.125, "high": 0.5, **origin}
     evaluated = [{"method": "teacher", "ppl_diff": -0.0625}, sdtp]
@@ -136,7 +138,7 @@ def test_collect_and_table(tmp_path):
     row, results = collect("a", tmp_path / "a")
     assert results == ours
     (tmp_path / "rows.jsonl").write_text(json.dumps(others[0]) + "\n")
-    with pytest.raises(ValueError, match="rows.jsonl has no result of .*a's heads: delete"):
+    with pytest.raises(ValueError, match="rows.jsonl has 0 results of .*a's heads: delete"):
         collect("a", tmp_path / "a")
     assert row["overlap"] == 0.5 and row["list"] == 18.5 and row["teacher_ppl_diff"] == -0.0625 and row["prompts"] == 7
     bare = {k: v for k, v in row.items() if k != "list"} | {"variant": "b"}
