@@ -365,10 +365,10 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
     return found
 
 
-def result_keys(task, model, examples, plan, heads, seed, labels):
-    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV; heads: their hash."""
+def result_keys(task, model, examples, plan, digest, seed, labels):
+    """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV; digest: the heads' own."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
-    own = dict.fromkeys(WITH_HEADS, heads)
+    own = dict.fromkeys(WITH_HEADS, digest)
     own |= {"random": seed, "teacher": [saliency.LABELS, *labels]}
     keys = {}
     for (keep, method), stages in plan.items():
@@ -414,12 +414,11 @@ def evaluate(
                     shared[name] = given_scores(name, model, batch, layers, teacher, label_loss)
                 given = {layer: [scores[i] for i in todo.values()] for layer, scores in shared[name].items()}
             found = run_method(run, method, model, [batch[i] for i in todo.values()], stages, todo, heads, given)
-            which = {"keep": keep, "method": method}
+            how = {"keep": keep, "method": method}
             if name in WITH_HEADS:  # as in their heads.json
-                shares = {str(layer): share for layer, share in stages.items()}
-                which |= {"sha256": digest, "span": stages.span, "schedule": shares}
+                how |= {"sha256": digest, "span": stages.span, "schedule": dict(stages)}
             for key, result in zip(todo, found):
-                results.add({"key": key, **which, **result})
+                results.add({"key": key, **how, **result})
     return {which: [results[key] for key in column] for which, column in keys.items()}
 
 

@@ -37,7 +37,7 @@ from train import PAPER, TrainConfig
 BARE = {
     n: PAPER[n] for n in ("norm", "position", "matches", "ending", "attention", "alike", "conv", "dropout")
 }  # the paper's head
-LOSSES = {name: value for name, value in PAPER.items() if name != "epochs"}  # as many as ours
+LOSSES = {name: value for name, value in PAPER.items() if name != "epochs"}  # the paper's, for as many epochs as ours
 STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are drawn as lines over X; init: the variant whose heads to begin with
     "span": {str(span): {"span": span} for span in (1, 8, 16, 32)},
     "teacher": {  # their labels as they are
@@ -139,13 +139,13 @@ def collect(variant, out):
     log = [json.loads(line) for line in data.read_text(out / "log.jsonl").splitlines()]
     end = log[-max(1, len(log) // 10) :]
     heads = read_json(out / "heads" / "heads.json")
-    every = [json.loads(line) for line in data.read_text(out.parent / "rows.jsonl").splitlines()]
     row = {"variant": variant, "prompts": heads["prompts"]}
     row |= {name: statistics.fmean(r[name] for r in end) for name in ("overlap", "list") if name in end[0]}
     row |= {name: rows["sdtp"][name] for name in ("ppl_diff", "low", "high", "mean_alive", "flops_share")}
     row |= {"teacher_ppl_diff": rows["teacher"]["ppl_diff"], "eval_prompts": rows["sdtp"]["prompts"]}
     row |= {f"run_{name}": rows["sdtp"][name] for name in ("commit", "command")}
     own = {"method": "sdtp", **{name: heads[name] for name in ("sha256", "span", "schedule")}}
+    every = eval_tasks.Results(out.parent / "rows.jsonl").values()
     results = [result for result in every if all(result.get(name) == value for name, value in own.items())]
     if len(results) != rows["sdtp"]["prompts"]:
         rest = f"delete it and {out.parent}/*/eval.json, and give the same command again"
@@ -218,7 +218,8 @@ def run_variants(name, config):
             continue
         runs = Path(config.out_dir) / name
         out = runs / slug(variant)
-        fields = fields | ({"init": str(runs / slug(fields["init"]) / "heads")} if "init" in fields else {})
+        if "init" in fields:
+            fields = fields | {"init": str(runs / slug(fields["init"]) / "heads")}
         print(f"{variant}: {' '.join(arguments(fields))} > {out / 'stdout.log'}", flush=True)
         run_variant(out, fields, config)
         row, results = collect(variant, out)

@@ -117,7 +117,7 @@ def test_a_variant_that_fails(world, monkeypatch):
 
 
 def test_collect_and_table(tmp_path):
-    """A row by hand: heads' and teacher's figures, the mean of the log's last tenth."""
+    """A row by hand: heads' and teacher's figures, the mean of the log's last tenth; the heads' own results, and no others."""
     (tmp_path / "a" / "heads").mkdir(parents=True)
     (tmp_path / "a" / "heads" / "heads.json").write_text(
         '{"prompts": 7, "sha256": "c0de", "span": 8, "schedule": {"0": 0.5}}'
@@ -128,6 +128,8 @@ def test_collect_and_table(tmp_path):
         same | part for part in ({"sha256": "another"}, {"span": 1}, {"schedule": {"0": 0.4}}, {"method": "sdtp+h2o"})
     ]
     others.append({"method": "dense", "value": 6})
+    for key, result in enumerate([*ours, *others]):
+        result["key"] = str(key)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (ours[0], *others, *ours[1:])))
     origin = {"prompts": 3, "commit": "c", "command": "python train.py", "mean_alive": 0.5, "flops_share": 0.4}
     sdtp = {"method": "sdtp", "ppl_diff": 0.25, "low": 0.125, "high": 0.5, **origin}
