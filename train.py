@@ -4,12 +4,12 @@
     python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly too
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
     python train.py --paper                        # the paper's stages, heads and losses
-    python train.py --init out/heads --kl_weight 1 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
+    python train.py --init out/heads --lm_weight 1 --distill --noise 0.1 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
 
 Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of
-their tokens likewise, from the dense model's hidden states (L_list). With --paper it then runs the model once more
-with attention masked where the heads would drop a token, and trains them on (paper eq. 8) L = L_lm + L_mse + L_rank. With --kl_weight heads learn from what their pruning does: L_kl, between the
-dense and the pruned model's predictions, dropped tokens fading by soft gates.
+their tokens likewise, from the dense model's hidden states (L_list). With --paper, or --lm_weight, it then runs the model
+once more with attention masked where the heads would drop a token, so that they learn from what their pruning does too:
+(paper eq. 8) L = L_lm + L_mse + L_rank, with --distill beside L_lm the KL divergence from the dense model's predictions.
 """
 
 import hashlib
@@ -76,7 +76,6 @@ class TrainConfig:
     list_weight: float = 1.0  # weight of L_list
     list_span: int = 8  # tokens of a span in L_list: finer than --span teaches more
     list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
-    kl_weight: float = 0.0  # weight of L_kl
     lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 0.0  # weight of L_mse
     rank_weight: float = 0.0  # weight of L_rank
@@ -84,6 +83,7 @@ class TrainConfig:
     rank_pairs: int = 1_000_000  # pairs sampled where a prompt has more
     distill: bool = False  # add KL(dense || pruned) on the response to L_lm
     tau: float = 1.0  # temperature of Gumbel-softmax
+    noise: float = 1.0  # what its noise is multiplied by: less, and masks are more like what inference keeps
     hold_share: bool = True  # masks keep the schedule's share; --no-hold_share: what eq. 8 leaves them, soon nothing
     # the data
     prompt_len: int = 512  # text: tokens of a prompt
@@ -121,10 +121,6 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
     "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
-# Of L_kl's gates, in standard deviations of a prompt's scores: at the first step, at the last.
-GATE_WIDTHS = 0.5, 0.15
-BUDGETS = 0.3  # L_kl draws the compute of every step from the schedule's down to this share less: from r = 0.9 to 0.8 on 30 layers
-CLOSED = -1e4  # the log gate of what a stage without scores drops; log 0 would be NaN where nothing else is
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
 # Flags that may differ between runs whose heads are the same.
 NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_methods", "eval_rows"
@@ -181,26 +177,28 @@ def hold_share(score, alive, counts, index, rounds=40):
     return middle + sums((score - s) * slope) / sums(slope).clamp(min=1e-9)
 
 
-def may_drop(free, seqlens, prompt_lens, share):
-    """((F,) the rows that a stage may drop, (F,) the prompt of each, (P,) how many of each prompt's a stage with that share keeps)."""
-    counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
-    prompt = torch.arange(len(seqlens), device=free.device).repeat_interleave(torch.tensor(seqlens, device=free.device))
-    rows = free.nonzero()[:, 0]
-    return rows, prompt[rows], counts
-
-
-def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau):
+def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau, span=1, noise=1.0):
     """Eq. 2 at one stage: pi: (T, 2) head logits, alive: (T,) mask so far -> (T,) mask from here on.
 
-    share: what the schedule leaves alive of a prompt (0: the protected tokens, whatever pi), or None to take pi as it is.
+    share: what the schedule leaves alive of a prompt (0: the protected tokens, whatever pi), or None to take pi as it is;
+    span: neighbours that live or die together, by their mean; noise: what Gumbel noise is multiplied by (eq. 2: 1).
     """
     if share == 0:
         return torch.where(free, 0.0, alive)
+    rows, sizes = free.nonzero()[:, 0], torch.tensor(seqlens, device=free.device)
+    prompt = torch.arange(len(sizes), device=free.device).repeat_interleave(sizes)[rows]
+    starts = (sizes.cumsum(0) - sizes)[prompt]
+    score = (pi[rows, 0] - pi[rows, 1]) / noise
+    means, index = span_means(score, rows + (span - 1) * starts, span)  # places at which no span is of two prompts
+    score = means[index]
     if share is not None:
-        rows, prompt, counts = may_drop(free, seqlens, prompt_lens, share)
-        shift = hold_share(pi[rows, 0] - pi[rows, 1], alive[rows], counts, prompt)
-        pi = pi - F.pad(pi.new_zeros(len(pi)).index_copy(0, rows, shift[prompt])[:, None], (0, 1))
-    keep = F.gumbel_softmax(pi, tau, hard=True)[:, 0]  # straight-through
+        counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
+        score = score - hold_share(score, alive[rows], counts, prompt)[prompt]
+    score = score.new_zeros(len(pi)).index_copy(0, rows, score)
+    first = rows[index.diff(prepend=index.new_tensor([-1])) > 0]  # whose noise its span shares
+    drawn = torch.arange(len(pi), device=free.device).index_copy(0, rows, first[index])
+    logits = torch.stack((score, torch.zeros_like(score)), -1)
+    keep = F.gumbel_softmax(logits, tau, hard=True)[drawn, 0]  # straight-through
     return torch.where(free, keep, 1.0) * alive
 
 
@@ -212,11 +210,13 @@ def prompt_logits(head, x, seqlens, prompt_lens, block):
     return scored.new_zeros(len(x), 2).index_copy(0, rows, scored)
 
 
-def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False):
+def masked_forward(
+    model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False, span=1, noise=1.0
+):
     """The pruned model of training: no token is removed, dropped ones are hidden from the others.
 
     free: (T,) bool, the tokens a stage may drop; schedule: {layer: the share to hold its mask to, or None} (default:
-    None at each head's layer). Returns (output of the last block (T, hidden_size), {layer: head logits (T, 2)},
+    None at each head's layer); tau, span, noise: see stage_mask(). Returns (output of the last block (T, hidden_size), {layer: head logits (T, 2)},
     {layer: cumulative mask M (T,)}).
     """
     x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
@@ -227,75 +227,13 @@ def masked_forward(model, heads, ids, seqlens, prompt_lens, free, tau=1.0, sched
                 logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens, block)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
             pi, share = logits.get(layer), schedule[layer]
-            masks[layer] = alive = stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau)
+            masks[layer] = alive = stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau, span, noise)
         if alive is None:
             x = block(x, positions, seqlens)
             continue
         run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks else block
         x = run(x, positions, seqlens, None, partial(masked_attend, alive=alive))
     return x, logits, masks
-
-
-# ---------------------------------------------------------------------------- the pruned model with soft gates
-
-
-def gated_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None, log_gates=None):
-    """attend() whose attention weights are exp(a_ij) g_j / sum_j exp(a_ij) g_j; log_gates: (T,) log g.
-
-    log g_j is one more product of a query and a key, so that every kernel runs it, and its gradient: FlashAttention
-    too, up to a head_dim of 248.
-    """
-    T, _, D = q.shape
-    wide = D + 8  # kernels like multiples of 8
-    ones = q.new_ones(T, q.shape[1], 1)
-    gates = (log_gates * wide**0.5).to(k.dtype)[:, None, None].expand(T, k.shape[1], 1)
-    q = F.pad(torch.cat((q * (wide / D) ** 0.5, ones), -1), (0, 7))  # attention divides by sqrt(wide)
-    k, v = F.pad(torch.cat((k, gates), -1), (0, 7)), F.pad(v, (0, 8))
-    return saliency.attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, window)[..., :D]
-
-
-def stage_gates(score, log_gates, free, positions, seqlens, prompt_lens, share, span, width):
-    """(T,) log gates from a stage on: those before it plus log sigmoid of each span's mean score over the width, less a shift.
-
-    score: (T,); free: (T,) bool, the tokens that may be dropped; the gates of a prompt's add up to what its share keeps;
-    width: of the step from open to closed, in standard deviations of the prompt's spans. All others stay as they are.
-    """
-    if share == 0:
-        return log_gates.masked_fill(free, CLOSED)
-    rows, prompt, counts = may_drop(free, seqlens, prompt_lens, share)
-    sizes, means = prompt.bincount(minlength=len(seqlens)).tolist(), []
-    for part, p in zip(score[rows].split(sizes), positions[rows].split(sizes)):
-        mean, index = span_means(part, p, span)
-        mean = mean[index]
-        means.append(mean / (width * mean.detach().std(correction=0).clamp(min=1e-6)))
-    means = torch.cat(means)
-    shift = hold_share(means, log_gates[rows].exp(), counts, prompt)
-    return log_gates.index_add(0, rows, F.logsigmoid(means - shift[prompt]))
-
-
-def cheaper(schedule, less):
-    """The schedule at a share `less` below its own compute; ValueError where its stages cannot be that cheap."""
-    return schedule.fitted(Schedule.mean_share, schedule.mean_share() * (1 - less))
-
-
-def gated_forward(model, heads, x, seqlens, prompt_lens, free, schedule, width, checkpoint_blocks=False):
-    """The pruned model of L_kl: no token is removed, what a stage would drop fades for the others by its gate.
-
-    x: (T, hidden_size) dense states at the first stage; width: see stage_gates(). Returns the output of the last block.
-    """
-    positions, log_gates = model.positions(seqlens), torch.zeros(len(x), device=x.device)
-    for layer in range(min(schedule), len(model.layers)):
-        block = model.layers[layer]
-        if layer in schedule:
-            score = None  # what leaves the protected tokens alone needs none
-            if layer in heads:
-                keep, drop = prompt_logits(heads[layer], x.detach(), seqlens, prompt_lens, block).unbind(-1)
-                score = keep - drop
-            how = (free, positions, seqlens, prompt_lens, schedule[layer], schedule.span, width)
-            log_gates = stage_gates(score, log_gates, *how)
-        run = partial(checkpoint, block, use_reentrant=False) if checkpoint_blocks else block
-        x = run(x, positions, seqlens, None, partial(gated_attend, log_gates=log_gates))
-    return x
 
 
 # ---------------------------------------------------------------------------- the losses
@@ -377,11 +315,8 @@ def divergence(model, ids, seqlens, rows, log_probs):
     return F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
 
 
-def losses(model, heads, batch, schedule, config, progress=0.0):
-    """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage.
-
-    progress: 0 to 1, the share of the run that is over, by which L_kl's gates narrow.
-    """
+def losses(model, heads, batch, schedule, config):
+    """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
     ids, seqlens, prompt_lens, labels, states = batch
     positions = model.positions(seqlens)
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
@@ -391,19 +326,10 @@ def losses(model, heads, batch, schedule, config, progress=0.0):
             for layer, head in heads.items()
         }
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
-        if config.kl_weight:
-            drawn = cheaper(schedule, BUDGETS * torch.rand(()).item())
-            width = GATE_WIDTHS[0] ** (1 - progress) * GATE_WIDTHS[1] ** progress
-            rows = saliency.scored_rows(seqlens, prompt_lens)
-            x = gated_forward(
-                model, heads, states[min(schedule)], seqlens, prompt_lens, free, drawn, width, recompute(model, config)
-            )
-            terms["kl"] = divergence(model, ids, seqlens, rows, model.logits(x[rows]).float().log_softmax(-1))
         return {"loss": weighted(terms, config), **terms}, {}
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
-    x, logits, masks = masked_forward(
-        model, heads, ids, seqlens, prompt_lens, free, config.tau, held, recompute(model, config)
-    )
+    how = (config.tau, held, recompute(model, config), schedule.span, config.noise)
+    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, *how)
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
     terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}
@@ -416,7 +342,7 @@ def losses(model, heads, batch, schedule, config, progress=0.0):
 
 def weighted(terms, config):
     """The sum of the losses by their weights; distillation goes by L_lm's."""
-    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")}
+    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")}
     weights["distill"] = config.lm_weight
     return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
@@ -585,7 +511,7 @@ def draw_losses(history, path):
     """The loss terms, the top-k overlap and the share alive at the last stage against the step."""
     import matplotlib.pyplot as plt
 
-    names = [n for n in ("loss", "list", "kl", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
+    names = [n for n in ("loss", "list", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.8))
     for axis, name in zip(axes, names):
         axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
@@ -659,12 +585,12 @@ def begin_with(folder, model, heads):
         head.load_state_dict(trained[layer].state_dict())
 
 
-def train_step(model, heads, optimizer, batches, schedule, config, progress=0.0):
+def train_step(model, heads, optimizer, batches, schedule, config):
     """One optimizer step over `accumulate` batches; returns the means of what losses() gives, as floats."""
     optimizer.zero_grad(set_to_none=True)
     record = {}
     for examples in batches:
-        terms, alive = losses(model, heads, pack(model, examples, heads, config), schedule, config, progress)
+        terms, alive = losses(model, heads, pack(model, examples, heads, config), schedule, config)
         (terms["loss"] / len(batches)).backward()
         values = {name: t.item() for name, t in terms.items()} | {
             f"alive_{layer}": share for layer, share in alive.items()
@@ -693,7 +619,7 @@ def train(model, heads, examples, schedule, config):
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
-        record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config, step / steps)
+        record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config)
         history.append(record)
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -703,7 +629,7 @@ def train(model, heads, examples, schedule, config):
         seconds = time.perf_counter() - begin
         eta = seconds / (step + 1 - first) * (steps - step - 1)
         shown = " ".join(
-            f"{name} {record[name]:.3f}" for name in ("list", "kl", "lm", "mse", "rank", "distill") if name in record
+            f"{name} {record[name]:.3f}" for name in ("list", "lm", "mse", "rank", "distill") if name in record
         )
         shown += f" | alive {record['alive']:.2f}" if "alive" in record else ""
         print(
@@ -741,16 +667,10 @@ def check_flags(config):
     cli.at_least(
         0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency", "primacy",
     )  # fmt: skip
-    if not any(getattr(config, f"{name}_weight") for name in ("list", "kl", "lm", "mse", "rank")):
-        raise ValueError(
-            "all weights are 0: give one of --list_weight, --kl_weight, --lm_weight, --mse_weight, --rank_weight"
-        )
+    if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
+        raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
     if config.distill and not config.lm_weight:
         raise ValueError("--distill goes by --lm_weight, which is 0")
-    if config.kl_weight and config.lm_weight:
-        raise ValueError("--kl_weight and --lm_weight are two pruned models: give one of them")
-    if config.kl_weight and not config.init:  # untrained heads score all tokens alike, which leaves gates no width
-        raise ValueError("--kl_weight goes on from trained heads: give --init FOLDER")
     if config.conv and config.conv % 2 == 0:
         raise ValueError(f"--conv {config.conv}: an odd number is needed, the token itself in their middle")
     if not 0 <= config.dropout < 1:
@@ -758,8 +678,9 @@ def check_flags(config):
     for name in ("recency", "primacy"):
         if (value := getattr(config, name)) > 20:
             raise ValueError(f"--{name} {value}: at most 20 powers of e are needed, or labels are no numbers any more")
-    if config.tau <= 0:
-        raise ValueError(f"--tau {config.tau}: a temperature above 0 is needed")
+    for name in ("tau", "noise"):
+        if (value := getattr(config, name)) <= 0:
+            raise ValueError(f"--{name} {value}: a number above 0 is needed")
 
 
 def make_schedule(config, num_hidden_layers):
@@ -835,17 +756,9 @@ def main():
     schedule = make_schedule(config, len(model.layers))
     if not schedule.scored():
         raise ValueError(f"--shares {config.shares}: no stage with a share above 0, so there is no head to train")
-    if config.kl_weight:
-        try:
-            cheaper(schedule, BUDGETS)
-        except ValueError as error:
-            raise ValueError(
-                f"--kl_weight draws budgets down to {1 - BUDGETS:.0%} of the schedule's: {error}"
-            ) from None
-    masked = config.lm_weight or config.kl_weight
-    if len(schedule.scored()) > 1 and masked and any(getattr(config, name) for name in CONTEXT):
+    if len(schedule.scored()) > 1 and config.lm_weight and any(getattr(config, name) for name in CONTEXT):
         raise ValueError(
-            "--lm_weight and --kl_weight with several stages: give --no-attention --matches 0 --no-ending --no-alike --conv 0, as these heads would see masked tokens"
+            "--lm_weight with several stages: give --no-attention --matches 0 --no-ending --no-alike --conv 0, as these heads would see masked tokens"
         )
     examples, held_out = prompts(config, Tokenizer(folder), model)
     torch.manual_seed(config.seed)
