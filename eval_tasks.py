@@ -164,8 +164,8 @@ def needle_results(tokenizer, model, examples, rankers=None, schedule=None, kv=N
 def parse(method):
     """(name, span or None, layers of its stages, if any) of NAME, NAME@SPAN, NAME@SPAN@LAYER or NAME@SPAN@LAYER/FLOOR, each with or without +KV.
 
-    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive; no floor where that alone
-    costs less than the budget (Schedule.fitted).
+    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive, or a later one where that
+    alone would cost less than the budget (Schedule.fitted).
     """
     match = re.fullmatch(r"(\w+)(?:@([1-9]\d*)(?:@(\d+)(?:/(\d+))?)?)?", method.partition("+")[0])
     name, span, *stages = match.groups() if match else (None, None)

@@ -111,9 +111,9 @@ class Schedule(dict):
     def fitted(self, cost, budget):
         """A Schedule of the same stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
 
-        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays, but where
-        that alone costs less than the budget, such stages are left out. A budget above all tokens' cost gives shares of 1;
-        ValueError where no power is as cheap: below the first stage everything is alive.
+        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays, at a later
+        layer where it alone would cost less than the budget. A budget above all tokens' cost gives shares of 1; ValueError
+        where no power is as cheap: below the first stage everything is alive.
         """
 
         def powered(power):
@@ -124,7 +124,9 @@ class Schedule(dict):
             return self
         scored = {layer: self[layer] for layer in self.scored()}
         if 0 < len(scored) < len(self) and cost(powered(0)) < budget:
-            return Schedule(self.num_hidden_layers, scored, span=self.span).fitted(cost, budget)
+            floor = min(self.keys() - scored) + 1
+            shares = scored | ({floor: 0.0} if floor < self.num_hidden_layers else {})
+            return Schedule(self.num_hidden_layers, shares, span=self.span).fitted(cost, budget)
         low, high = 0.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2

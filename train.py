@@ -115,7 +115,7 @@ class TrainConfig:
 # {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
 # more and heads at layers 0 to 2 prune about alike, and a late one, where hardly anything still is read
 # (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the late one alone costs
-# the budget, so that the early one drops nothing: give --stages or --shares there.
+# about the budget, so that the early one drops hardly anything: give --stages or --shares there.
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,

@@ -278,12 +278,13 @@ def test_policy(name, span, keep):
 
 
 def test_policy_with_a_floor():
-    """NAME@SPAN@LAYER/FLOOR: one stage, and the protected tokens alone from the floor on, at the budget; no floor where that alone is cheaper."""
+    """NAME@SPAN@LAYER/FLOOR: one stage, and the protected tokens alone from the floor on, at the budget; from a later layer where that alone is cheaper."""
     model, n = tiny.build(**DEEPER), 300
     stages = policy("random@4@1/5", model.config, STAGES, None, n, 0.5)
     assert list(stages) == [1, 5] and stages[5] == 0 < stages[1] < 1 and stages.span == 4
     budget = flops_by_hand(model, [n] * 4 + [150] * 2)
     assert method_flops_by_hand("random", model, n, stages.alive(n)) == pytest.approx(budget, rel=0.005)
+    assert list(policy("random@4@1/4", model.config, STAGES, None, n, 0.5)) == [1, 5]
     assert list(policy("random@4@1/5", model.config, STAGES, None, n, 0.9)) == [1]
 
 

@@ -575,12 +575,13 @@ def test_fitted():
 
 
 def test_fitted_floor():
-    """A share of 0 stays, down to what it costs alone; for more than that, up to a dense prefill's cost, the stage is left out."""
+    """A share of 0 stays; where it alone costs less than the budget it is at the first layer where it does not, up to none."""
     floor, cost = Schedule(30, {4: 0.8, 24: 0.0}, span=4), lambda s: sum(s.alive(100)) / 3000
-    for budget, layers in ((0.5, [4, 24]), (0.8, [4, 24]), (0.88, [4]), (0.96, [4]), (1.0, [4])):
+    for budget, layer in ((0.5, 24), (0.8, 24), (0.86, 26), (0.9, 27), (0.96, 29), (1.0, 30)):
         got = floor.fitted(cost, budget)
-        assert list(got) == layers and abs(cost(got) - budget) <= 26 / 3000 / 2 and got.span == 4
-        assert got.scored() == [4] and got.get(24, 0.0) == 0.0
+        assert list(got) == [4, layer][: 1 + (layer < 30)] and got.get(layer, 0.0) == 0.0
+        assert got.scored() == [4] and abs(cost(got) - budget) <= 26 / 3000 / 2 and got.span == 4
+        assert layer in (24, 30) or cost(Schedule(30, {4: 1.0, layer - 1: 0.0})) < budget
     assert floor.fitted(cost, 1.0)[4] == pytest.approx(1)
     model, heads = tiny.build(), random_heads(tiny.build())
     dense, _ = prefill(model, tiny.ids(40))
