@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -154,15 +155,16 @@ ORIGIN = {}  # where this run's figures come from: filled at its start, as the w
 
 
 def note_origin():
-    """Fill ORIGIN: commit, command, versions, machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Fill ORIGIN: commit (dirty: but for results/, where runs write), command, versions, machine."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() or "unknown"
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]).stdout
     except OSError:  # no git on this machine
-        commit = "unknown"
+        commit, changed = "unknown", ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     ORIGIN.update(
-        commit=commit,
+        commit=commit + "-dirty" * bool(changed),
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         versions=f"python {platform.python_version()}, torch {version('torch')}",
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",

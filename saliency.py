@@ -114,7 +114,7 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
     Forward and backward, SDPA takes twice as long at 300 tokens and as long at 1,024 (results/LOG.md, session 2), with
     gradients no closer to float64's. Batches with a longer sequence, CUDA, and layers without a gradient go to attend().
     """
-    if q.is_cuda or not (q.requires_grad or k.requires_grad) or max(k_seqlens) > longest:
+    if q.is_cuda or not q.requires_grad or max(k_seqlens) > longest:
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
     out, kv_heads = [], k.shape[1]
     q = q.unflatten(1, (kv_heads, -1)) * q.shape[-1] ** -0.5

@@ -54,7 +54,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         "no rank, no MSE": LOSSES | {"rank_weight": 0.0, "mse_weight": 0.0},
         "with distillation": LOSSES | {"distill": True},
         "ours": {},
-        "ours, fine-tuned": {"init": "ours", "lm_weight": 1.0, "distill": True, "noise": 0.1, "list_weight": 0.1, "lr": 5e-4, "epochs": 1},
+        "ours, fine-tuned": {"init": "ours", "lm_weight": 1.0, "distill": True, "noise": 0.05, "list_weight": 0.1, "lr": 5e-4, "epochs": 1},
     },
     "heads": {
         "plain": BARE,

@@ -4,7 +4,7 @@
     python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly too
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
     python train.py --paper                        # the paper's stages, heads and losses
-    python train.py --init out/heads --lm_weight 1 --distill --noise 0.1 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
+    python train.py --init out/heads --lm_weight 1 --distill --noise 0.05 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
 
 Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of
 their tokens likewise, from the dense model's hidden states (L_list). With --paper, or --lm_weight, it then runs the model
@@ -114,8 +114,8 @@ class TrainConfig:
 
 # {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
 # more and heads at layers 0 to 2 prune about alike, and a late one, where hardly anything still is read
-# (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the late one alone costs
-# about the budget, so that the early one drops hardly anything: give --stages or --shares there.
+# (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the late one costs
+# about the budget alone, or moves up, or goes (Schedule.fitted), and the early one drops little: give --stages or --shares there.
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
@@ -177,7 +177,7 @@ def hold_share(score, alive, counts, index, rounds=40):
     return middle + sums((score - s) * slope) / sums(slope).clamp(min=1e-9)
 
 
-def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau, span=1, noise=1.0):
+def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau=1.0, span=1, noise=1.0):
     """Eq. 2 at one stage: pi: (T, 2) head logits, alive: (T,) mask so far -> (T,) mask from here on.
 
     share: what the schedule leaves alive of a prompt (0: the protected tokens, whatever pi), or None to take pi as it is;
@@ -189,17 +189,14 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau, span=1, noise=
     prompt = torch.arange(len(sizes), device=free.device).repeat_interleave(sizes)[rows]
     starts = (sizes.cumsum(0) - sizes)[prompt]
     score = (pi[rows, 0] - pi[rows, 1]) / noise
-    means, index = span_means(score, rows + (span - 1) * starts, span)  # places at which no span is of two prompts
-    score = means[index]
+    score, index = span_means(score, rows + (span - 1) * starts, span)  # places at which no span is of two prompts
     if share is not None:
         counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
-        score = score - hold_share(score, alive[rows], counts, prompt)[prompt]
-    score = score.new_zeros(len(pi)).index_copy(0, rows, score)
-    first = rows[index.diff(prepend=index.new_tensor([-1])) > 0]  # whose noise its span shares
-    drawn = torch.arange(len(pi), device=free.device).index_copy(0, rows, first[index])
+        shift = hold_share(score[index], alive[rows], counts, prompt)
+        score = score - shift[prompt.new_zeros(len(score)).scatter(0, index, prompt)]
     logits = torch.stack((score, torch.zeros_like(score)), -1)
-    keep = F.gumbel_softmax(logits, tau, hard=True)[drawn, 0]  # straight-through
-    return torch.where(free, keep, 1.0) * alive
+    keep = F.gumbel_softmax(logits, tau / noise, hard=True)[index, 0]  # straight-through
+    return alive * keep.new_ones(len(alive)).index_copy(0, rows, keep)
 
 
 def prompt_logits(head, x, seqlens, prompt_lens, block):
@@ -210,14 +207,12 @@ def prompt_logits(head, x, seqlens, prompt_lens, block):
     return scored.new_zeros(len(x), 2).index_copy(0, rows, scored)
 
 
-def masked_forward(
-    model, heads, ids, seqlens, prompt_lens, free, tau=1.0, schedule=None, checkpoint_blocks=False, span=1, noise=1.0
-):
+def masked_forward(model, heads, ids, seqlens, prompt_lens, free, schedule=None, checkpoint_blocks=False, **how):
     """The pruned model of training: no token is removed, dropped ones are hidden from the others.
 
     free: (T,) bool, the tokens a stage may drop; schedule: {layer: the share to hold its mask to, or None} (default:
-    None at each head's layer); tau, span, noise: see stage_mask(). Returns (output of the last block (T, hidden_size), {layer: head logits (T, 2)},
-    {layer: cumulative mask M (T,)}).
+    None at each head's layer); how: tau, span and noise of stage_mask(). Returns (output of the last block
+    (T, hidden_size), {layer: head logits (T, 2)}, {layer: cumulative mask M (T,)}).
     """
     x, positions, alive, logits, masks = model.embed(ids), model.positions(seqlens), None, {}, {}
     schedule = dict.fromkeys(heads) if schedule is None else schedule
@@ -227,7 +222,7 @@ def masked_forward(
                 logits[layer] = prompt_logits(heads[layer], x, seqlens, prompt_lens, block)
             alive = torch.ones(len(x), device=x.device) if alive is None else alive
             pi, share = logits.get(layer), schedule[layer]
-            masks[layer] = alive = stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau, span, noise)
+            masks[layer] = alive = stage_mask(pi, alive, free, seqlens, prompt_lens, share, **how)
         if alive is None:
             x = block(x, positions, seqlens)
             continue
@@ -307,14 +302,6 @@ def recompute(model, config):
     return config.checkpoint_blocks == "on" or (config.checkpoint_blocks == "auto" and model.device.type == "cuda")
 
 
-def divergence(model, ids, seqlens, rows, log_probs):
-    """KL(dense || pruned) of the predictions at these rows, mean over them; log_probs: the pruned model's."""
-    with torch.no_grad():
-        _, dense = saliency.hidden_states(model, ids, (), seqlens)
-        target = model.logits(dense[rows]).float().log_softmax(-1)
-    return F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
-
-
 def losses(model, heads, batch, schedule, config):
     """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
     ids, seqlens, prompt_lens, labels, states = batch
@@ -328,14 +315,19 @@ def losses(model, heads, batch, schedule, config):
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         return {"loss": weighted(terms, config), **terms}, {}
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
-    how = (config.tau, held, recompute(model, config), schedule.span, config.noise)
-    x, logits, masks = masked_forward(model, heads, ids, seqlens, prompt_lens, free, *how)
+    how = {"tau": config.tau, "span": schedule.span, "noise": config.noise}
+    x, logits, masks = masked_forward(
+        model, heads, ids, seqlens, prompt_lens, free, held, recompute(model, config), **how
+    )
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
     terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}
     terms |= head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
-    if config.distill:
-        terms["distill"] = divergence(model, ids, seqlens, rows, log_probs)
+    if config.distill:  # KL(dense || pruned), mean over the rows
+        with torch.no_grad():
+            _, dense = saliency.hidden_states(model, ids, (), seqlens)
+            target = model.logits(dense[rows]).float().log_softmax(-1)
+        terms["distill"] = F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
     alive = {layer: mask[free].mean().item() for layer, mask in masks.items()}
     return {"loss": weighted(terms, config), **terms}, alive
 
@@ -598,7 +590,9 @@ def train_step(model, heads, optimizer, batches, schedule, config):
         for name, value in values.items():
             record[name] = record.get(name, 0.0) + value / len(batches)
     if not math.isfinite(record["loss"]):
-        raise ValueError(f"the loss is {record['loss']} ({record}): lower --lr, or look at --tau and the weights")
+        raise ValueError(
+            f"the loss is {record['loss']} ({record}): lower --lr, or look at --tau, --noise and the weights"
+        )
     record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters(heads).values(), config.grad_clip).item()
     optimizer.step()
     return record | ({"alive": record[f"alive_{max(heads)}"]} if alive else {})

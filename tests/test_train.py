@@ -117,7 +117,7 @@ def test_lm_gradient_by_the_mask_equals_loop(fields, monkeypatch):
     draws = iter(drawn)
 
     def gumbel(logits, tau, hard):
-        keep = next(draws)
+        keep = next(draws)[free]
         return torch.stack((keep, 1 - keep), dim=-1)
 
     monkeypatch.setattr(train.F, "gumbel_softmax", gumbel)
@@ -141,16 +141,17 @@ def test_lm_gradient_by_the_mask_equals_loop(fields, monkeypatch):
         assert (ours[free & (mask == 0)].abs() > 1e-4).any() and (ours[~free] == 0).all()
 
 
-def test_lm_gradient_reaches_the_heads():
+@pytest.mark.parametrize("span, noise", [(1, 1.0), (4, 1.0), (4, 0.1)])
+def test_lm_gradient_reaches_the_heads(span, noise):
     """With real Gumbel masks, L_lm alone moves every stage's head; --checkpoint_blocks gives the same gradients."""
-    model, config = tiny.build(torch.float32), paper(mse_weight=0.0, rank_weight=0.0)
+    model, config = tiny.build(torch.float32), paper(mse_weight=0.0, rank_weight=0.0, noise=noise)
     heads, gradients = {1: PruneHead(32), 2: PruneHead(32)}, []
-    for again in (False, True):
+    for again in ("off", "on"):
         config.checkpoint_blocks = again
         torch.manual_seed(0)
         for head in heads.values():
             head.zero_grad()
-        terms, alive = losses(model, heads, batch(model), Schedule(3, {1: 0.8, 2: 0.5}), config)
+        terms, alive = losses(model, heads, batch(model), Schedule(3, {1: 0.8, 2: 0.5}, span=span), config)
         terms["loss"].backward()
         gradients.append(torch.cat([p.grad.flatten() for head in heads.values() for p in head.parameters()]))
     assert (gradients[0].abs() > 1e-6).float().mean() > 0.9
@@ -299,8 +300,8 @@ def test_losses_mask_and_score_the_right_tokens(monkeypatch):
     """Heads that would drop all leave protected and response tokens; L_lm is the response's cross-entropy."""
     model, schedule, seen = tiny.build(torch.float32), Schedule(3, {1: 0.8, 2: 0.5}), {}
 
-    def spy(*args):
-        seen["x"], seen["logits"], seen["masks"] = masked_forward(*args)
+    def spy(*args, **how):
+        seen["x"], seen["logits"], seen["masks"] = masked_forward(*args, **how)
         return seen["x"], seen["logits"], seen["masks"]
 
     monkeypatch.setattr(train, "masked_forward", spy)
@@ -361,6 +362,36 @@ def test_masks_with_little_noise_are_those_of_inference(span):
         wrong = spans[m[:n] != expected]
         assert len(wrong.unique()) <= 1 and len(wrong) < max(2, span)
         assert 0 < m[f].sum() < f.sum() and (m[~f] == 1).all()
+
+
+def test_losses_mask_by_spans_and_noise(monkeypatch):
+    """The masks of losses() go by the schedule's spans, and by --noise: with hardly any they are the same at every draw."""
+    model, schedule, seen = tiny.build(torch.float32), Schedule(3, {1: 0.5}, span=4), []
+    monkeypatch.setattr(train, "masked_forward", lambda *a, **how: seen.append(masked_forward(*a, **how)) or seen[-1])
+    torch.manual_seed(0)
+    heads, data = {1: PruneHead(32)}, batch(model, layers=(1,))
+    for noise in (1.0, 1.0, 1e-4, 1e-4):
+        losses(model, heads, data, schedule, paper(noise=noise))
+    masks = [masks[1] for _, _, masks in seen]
+    assert not torch.equal(*masks[:2]) and torch.equal(*masks[2:])
+    spans = torch.cat([torch.arange(26) // 4, 100 + torch.arange(34) // 4])[free := free_tokens([26, 34], [20, 30])]
+    assert all(len(mask[free][spans == i].unique()) == 1 for mask in masks for i in spans.unique())
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.01])
+def test_gradient_of_masks_by_spans(noise):
+    """It reaches every token of a span alike, and little noise does not put it out."""
+    seqlens, prompt_lens = [46, 60], [42, 52]
+    free, pi = free_tokens(seqlens, prompt_lens), random(106, 2).requires_grad_()
+    alive, weights = torch.ones(106, dtype=torch.float64), random(106, seed=1)
+    torch.manual_seed(0)
+    (train.stage_mask(pi, alive, free, seqlens, prompt_lens, 0.5, 1.0, 4, noise) * weights).sum().backward()
+    spans = torch.cat([torch.arange(46) // 4, 100 + torch.arange(60) // 4])
+    for i in spans[free].unique():
+        by = pi.grad[free & (spans == i)]
+        torch.testing.assert_close(by, by[:1].expand(len(by), 2))
+        assert by[0, 0] == -by[0, 1] and by.abs().max() > 1e-4
+    assert (pi.grad[~free] == 0).all()
 
 
 @pytest.mark.parametrize("span", [1, 4])
@@ -869,18 +900,16 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
     )
 
 
-@pytest.mark.parametrize("depth, layers", [(30, [0, 25]), (32, [0, 27]), (28, [0, 23]), (6, [0]), (3, [0])])
-def test_default_schedule(depth, layers):
-    """Two stages, the late one down to the protected tokens, with the compute of the paper's at --ratio together; one where
-    the late one leaves more to spare than that."""
-    for ratio in (0.9, 0.8):
-        schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3), depth)
-        assert list(schedule) == layers and schedule.span == 3
-        paper = [ratio ** len([s for s in range(min(4, depth - 1), depth, 3) if s <= i][:10]) for i in range(depth)]
-        early, *late = schedule.values()
-        end = [*layers, depth][1]
-        total = layers[0] + early * (end - layers[0]) + 0.1 * (depth - end)
-        assert late == [0.0] * (len(layers) - 1) and total == pytest.approx(sum(paper))
+@pytest.mark.parametrize("ratio", [0.9, 0.8])
+@pytest.mark.parametrize("depth, late", [(30, 25), (32, 27), (28, 23), (12, None), (6, 6), (3, 3)])
+def test_default_schedule(depth, late, ratio):
+    """Two stages, the late one down to the protected tokens, with the compute of the paper's at --ratio together; the late one
+    begins later where it alone would leave more to spare than that, up to none."""
+    late = late or {0.9: 11, 0.8: 10}[ratio]
+    schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3), depth)
+    assert list(schedule) == [0, late][: 1 + (late < depth)] and schedule.span == 3 and schedule.get(late, 0) == 0
+    paper = [ratio ** len([s for s in range(min(4, depth - 1), depth, 3) if s <= i][:10]) for i in range(depth)]
+    assert schedule[0] * late + 0.1 * (depth - late) == pytest.approx(sum(paper))
 
 
 @pytest.mark.parametrize("depth", [30, 32, 8])
