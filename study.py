@@ -313,6 +313,17 @@ def difference(nats, dense, examples):
     return dict(zip(("ppl_diff", "low", "high"), eval_tasks.compare(*sides, np.expm1)))
 
 
+def sensitivities(alone, each, dense, examples):
+    """(table rows, {layer: {share: nats lost}}) of pruning at one layer alone; alone: [(layer, share)], each layer's shares falling."""
+    rows, damage = [], {}
+    for (layer, share), nats in zip(alone, each, strict=True):
+        row = {"variant": f"layer {layer}: {share}", "prompts": len(examples)} | difference(nats, dense, examples)
+        rows.append(row)
+        # Fewer tokens never help but by chance: the running maximum.
+        damage.setdefault(layer, {})[share] = max(0.0, math.log1p(row["ppl_diff"]), *damage.get(layer, {}).values())
+    return rows, damage
+
+
 def run_schedule(config):
     """The study `schedule`: sensitivity, allocation, and what the schedule found costs on other prompts."""
     if config.scorer not in ("teacher", "sdtp", *eval_tasks.SCORERS):
@@ -337,12 +348,7 @@ def run_schedule(config):
 
     alone = [(layer, share) for layer in layers for share in shares]
     dense, *each = measure(model, examples, [None, *({layer: s} for layer, s in alone)], config, heads, path)
-    sensitivity, damage = [], {}
-    for (layer, share), nats in zip(alone, each, strict=True):
-        row = {"variant": f"layer {layer}: {share}", "prompts": len(examples)} | difference(nats, dense, examples)
-        sensitivity.append(row)
-        # Fewer tokens never help but by chance: the running maximum.
-        damage.setdefault(layer, {})[share] = max(0.0, math.log1p(row["ppl_diff"]), *damage.get(layer, {}).values())
+    sensitivity, damage = sensitivities(alone, each, dense, examples)
     cost = {share: block_flops(model, alive_count(n, share)) for share in (1.0, *shares)}
     found = Schedule(depth, allocate(damage, cost, depth, flops_of(budget, n, model)))
     single = one_stage(config.first_layer, flops_of(found, n, model), n, model)
