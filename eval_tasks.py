@@ -74,9 +74,7 @@ class EvalConfig:
     tasks: str = "ppl"  # ppl, needle, or tasks of lm-evaluation-harness with commas
     text: str = ""  # text file: windows of prompt_len + score_len tokens, spread over the file, or needles in it
     data: str = ""  # or a source of train.py (its held-out part): pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas
-    methods: str = ",".join(
-        METHODS
-    )  # NAME@16: spans of 16, @16@2: one stage, at 2, @16@2/25: and the floor, from 25 or later
+    methods: str = ",".join(METHODS)  # NAME@16: spans of 16, @16@2: one stage, at 2, @16@2/25: the floor from 25 on too
     keep: str = ""  # with commas: FLOPs of the paper's stages with that share (default: the heads' own, or 0.9)
     teacher: str = saliency.TEACHER  # the labels that method teacher ranks by
     label_loss: str = saliency.LABEL_LOSS  # and whom they are for: the response, or all next tokens
