@@ -45,7 +45,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         for name, fields in {
             **{f"{t}, {loss}": {"teacher": t, "label_loss": loss} for t in ("grad_norm", "grad_x_input") for loss in ("response", "all")},
             **{t: {"teacher": t} for t in ("response_attention", "attention_entropy")},
-            **{f"grad_norm, response, {k} noisy copies": {"teacher": "grad_norm", "noisy_copies": k} for k in (4, 8)},
+            "grad_norm, response, 4 noisy copies": {"teacher": "grad_norm", "noisy_copies": 4},
         }.items()
     },
     "losses": {
