@@ -67,7 +67,7 @@ STUDIES = {  # {name: {variant: flags of train.py}}; variants "LINE: X" are draw
         **{f"+ alike, d/{divisor}": {"divisor": divisor} for divisor in (2, 4, 8, 16)},
         **{f"+ alike, conv {k}": {"conv": k} for k in (5, 17)},
     },
-    "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(11)},
+    "first_layer": {f"keep {r}: {layer}": {"shares": f"{layer}:{r}"} for r in (0.9, 0.8, 0.7) for layer in range(0, 11, 2)},
     "stages": {str(stages): {"stages": stages} for stages in (1, 2, 3, 5, 9)} | {"ours": {}},
     "recency": {str(r): {"recency": r} for r in (0.0, 2.0, 4.0, 8.0)},
     "primacy": {str(p): {"primacy": p} for p in (0.0, 0.5, 1.0, 2.0)},
