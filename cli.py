@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -155,16 +154,21 @@ ORIGIN = {}  # where this run's figures come from: filled at its start, as the w
 
 
 def note_origin():
-    """Fill ORIGIN: commit (dirty: but for results/, where runs write), command, versions, machine."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Fill ORIGIN: commit (dirty where a tracked file differs, but for those in results/, where runs write), command, versions, machine."""
+
+    def git(*words):
+        place = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*place, *words], capture_output=True, text=True).stdout.strip()
+
     try:
-        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip() or "unknown"
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]).stdout
+        commit = git("ls-files", "cli.py") and git("rev-parse", "--short=12", "HEAD")  # not another repository's
+        if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"):
+            commit += "-dirty"
     except OSError:  # no git on this machine
-        commit, changed = "unknown", ""
+        commit = ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     ORIGIN.update(
-        commit=commit + "-dirty" * bool(changed),
+        commit=commit or "unknown",
         command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         versions=f"python {platform.python_version()}, torch {version('torch')}",
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",

@@ -109,11 +109,12 @@ class Schedule(dict):
         return alive / self.num_hidden_layers
 
     def fitted(self, cost, budget):
-        """A Schedule of the same stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
+        """A Schedule of these stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
 
-        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays, at a later
-        layer where it alone would cost less than the budget. A budget above all tokens' cost gives shares of 1; ValueError
-        where no power is as cheap: below the first stage everything is alive.
+        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays 0; where
+        that alone would cost less than the budget, it begins at the first later layer where it does not, or is left out. A
+        budget above all tokens' cost gives shares of 1; ValueError where no power is as cheap: below the first stage
+        everything is alive.
         """
 
         def powered(power):

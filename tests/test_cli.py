@@ -289,8 +289,9 @@ def test_programming_errors_keep_their_traceback():
         cli.run(broken)
 
 
-def test_commit_is_dirty_by_code_alone(tmp_path, monkeypatch):
-    """A changed file makes it dirty; one under results/, where runs write, or a new one does not; no repository: unknown."""
+def test_commit_is_dirty_but_by_results(tmp_path, monkeypatch):
+    """A changed file makes it dirty; one under results/, where runs write, or a new one does not; in no repository, one without
+    a commit or one that does not track it: unknown."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -299,7 +300,9 @@ def test_commit_is_dirty_by_code_alone(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     for name in ("cli.py", "results/rows.json"):
         (tmp_path / name).write_text("1")
-    for command in ("init -q", "add -A", "commit -qm 1"):
+    for command in ("init -q", "add results", "commit -qm 0", "add -A", "commit -qm 1"):
+        cli.note_origin()
+        assert cli.ORIGIN["commit"] == "unknown" or command == "commit -qm 1"
         subprocess.run([*git, *command.split()], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout[:12]
     for name, end in (("results/rows.json", ""), ("new", ""), ("cli.py", "-dirty")):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -201,6 +202,17 @@ def test_allocate_equals_brute_force(seed):
         return
     flops, nats = flops_and_nats(allocate(damage, cost, depth, budget))
     assert flops <= budget + 1e-9 and nats == pytest.approx(min(v[1] for v in within), abs=1e-12)
+
+
+def test_sensitivities(monkeypatch):
+    """The nats lost at a layer never fall as its share falls: what chance has made less is the share's before."""
+    loss = iter([0.1, -0.2, 0.05, 0.3])
+    monkeypatch.setattr(study, "difference", lambda *args: {"ppl_diff": next(loss)})
+    alone = [(1, 0.8), (1, 0.5), (4, 0.8), (4, 0.5)]
+    rows, damage = study.sensitivities(alone, [None] * 4, None, [])
+    assert [row["ppl_diff"] for row in rows] == [0.1, -0.2, 0.05, 0.3]
+    expected = {1: {0.8: 0.1, 0.5: 0.1}, 4: {0.8: 0.05, 0.5: 0.3}}
+    assert damage == {i: {s: pytest.approx(math.log1p(v)) for s, v in by.items()} for i, by in expected.items()}
 
 
 def test_one_stage_costs_the_same():

@@ -142,11 +142,14 @@ def test_lm_gradient_by_the_mask_equals_loop(fields, monkeypatch):
 
 
 @pytest.mark.parametrize("span, noise", [(1, 1.0), (4, 1.0), (4, 0.1)])
-def test_lm_gradient_reaches_the_heads(span, noise):
+def test_lm_gradient_reaches_the_heads(span, noise, monkeypatch):
     """With real Gumbel masks, L_lm alone moves every stage's head; --checkpoint_blocks gives the same gradients."""
+    calls, checkpoint = [], train.checkpoint
+    monkeypatch.setattr(train, "checkpoint", lambda *a, **how: calls.append(1) or checkpoint(*a, **how))
     model, config = tiny.build(torch.float32), paper(mse_weight=0.0, rank_weight=0.0, noise=noise)
     heads, gradients = {1: PruneHead(32), 2: PruneHead(32)}, []
     for again in ("off", "on"):
+        assert not calls
         config.checkpoint_blocks = again
         torch.manual_seed(0)
         for head in heads.values():
@@ -154,7 +157,7 @@ def test_lm_gradient_reaches_the_heads(span, noise):
         terms, alive = losses(model, heads, batch(model), Schedule(3, {1: 0.8, 2: 0.5}, span=span), config)
         terms["loss"].backward()
         gradients.append(torch.cat([p.grad.flatten() for head in heads.values() for p in head.parameters()]))
-    assert (gradients[0].abs() > 1e-6).float().mean() > 0.9
+    assert len(calls) == 2 and (gradients[0].abs() > 1e-6).float().mean() > 0.9
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert 0 < alive[2] < alive[1] < 1
 
@@ -366,12 +369,15 @@ def test_masks_with_little_noise_are_those_of_inference(span):
 
 def test_losses_mask_by_spans_and_noise(monkeypatch):
     """The masks of losses() go by the schedule's spans, and by --noise: with hardly any they are the same at every draw."""
-    model, schedule, seen = tiny.build(torch.float32), Schedule(3, {1: 0.5}, span=4), []
+    model, schedule, seen, taus = tiny.build(torch.float32), Schedule(3, {1: 0.5}, span=4), [], []
     monkeypatch.setattr(train, "masked_forward", lambda *a, **how: seen.append(masked_forward(*a, **how)) or seen[-1])
+    gumbel = F.gumbel_softmax
+    monkeypatch.setattr(F, "gumbel_softmax", lambda logits, tau, hard: taus.append(tau) or gumbel(logits, tau, hard))
     torch.manual_seed(0)
     heads, data = {1: PruneHead(32)}, batch(model, layers=(1,))
     for noise in (1.0, 1.0, 1e-4, 1e-4):
-        losses(model, heads, data, schedule, paper(noise=noise))
+        losses(model, heads, data, schedule, paper(noise=noise, tau=0.5))
+    assert taus == [0.5, 0.5, 5e3, 5e3]  # the noise that is multiplied is Gumbel's, before the temperature
     masks = [masks[1] for _, _, masks in seen]
     assert not torch.equal(*masks[:2]) and torch.equal(*masks[2:])
     spans = torch.cat([torch.arange(26) // 4, 100 + torch.arange(34) // 4])[free := free_tokens([26, 34], [20, 30])]
@@ -380,7 +386,7 @@ def test_losses_mask_by_spans_and_noise(monkeypatch):
 
 @pytest.mark.parametrize("noise", [1.0, 0.01])
 def test_gradient_of_masks_by_spans(noise):
-    """It reaches every token of a span alike, and little noise does not put it out."""
+    """It reaches every token of a span alike, little noise does not put it out, and to raise all of a prompt's scores is of no effect."""
     seqlens, prompt_lens = [46, 60], [42, 52]
     free, pi = free_tokens(seqlens, prompt_lens), random(106, 2).requires_grad_()
     alive, weights = torch.ones(106, dtype=torch.float64), random(106, seed=1)
@@ -392,6 +398,8 @@ def test_gradient_of_masks_by_spans(noise):
         torch.testing.assert_close(by, by[:1].expand(len(by), 2))
         assert by[0, 0] == -by[0, 1] and by.abs().max() > 1e-4
     assert (pi.grad[~free] == 0).all()
+    for by in pi.grad[:, 0].split(seqlens):
+        assert abs(by.sum()) < 1e-6 * by.abs().sum()
 
 
 @pytest.mark.parametrize("span", [1, 4])
