@@ -38,7 +38,7 @@ from data import Example
 from download import DEFAULT
 from eval_tasks import adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate
 from model import read_json
-from sdtp import fingerprint, generate, heads_bytes, write_atomic
+from sdtp import fingerprint, generate, heads_sha256, write_atomic
 from tokenizer import Tokenizer
 
 try:
@@ -510,7 +510,7 @@ def begin(config, model, heads, schedule):
         "schedule": {str(layer): [share, schedule.drop_mass.get(layer)] for layer, share in schedule.items()},
         "span": schedule.span,
         "model": fingerprint(model),
-        "pruning": heads and hashlib.sha256(heads_bytes(heads)).hexdigest(),
+        "pruning": heads_sha256(heads),
     }
     old = read_json(path) if path.is_file() else {}
     for name in (*THE_RUN, "schedule", "span", "model", "pruning"):

@@ -38,7 +38,7 @@ from download import DEFAULT
 from kv import Compression
 from model import KVCache
 from sdtp import (
-    CALIBRATION_PROMPTS, Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_bytes, paper_stages,
+    CALIBRATION_PROMPTS, Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_sha256, paper_stages,
     prefill, protected_count, select,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -395,7 +395,7 @@ def evaluate(
     for (keep, method), stages in plan.items():
         if parse(method)[0] == "sdtp_adaptive":
             plan[keep, method] = adapted(model, stages, heads, schedule, training)
-    digest = heads and hashlib.sha256(heads_bytes(heads)).hexdigest()
+    digest = heads_sha256(heads)
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
     results = Results(rows)

@@ -404,6 +404,11 @@ def heads_bytes(heads):
     return safetensors.torch.save(tensors)
 
 
+def heads_sha256(heads):
+    """The sha256 in their heads.json, or None without heads."""
+    return hashlib.sha256(heads_bytes(heads)).hexdigest() if heads else None
+
+
 def save_heads(folder, heads, model, schedule, **info):
     """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
     data = heads_bytes(heads)

@@ -315,10 +315,10 @@ def losses(model, heads, batch, schedule, config):
         terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
         return {"loss": weighted(terms, config), **terms}, {}
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
-    how = {"tau": config.tau, "span": schedule.span, "noise": config.noise}
     x, logits, masks = masked_forward(
-        model, heads, ids, seqlens, prompt_lens, free, held, recompute(model, config), **how
-    )
+        model, heads, ids, seqlens, prompt_lens, free, held, recompute(model, config),
+        tau=config.tau, span=schedule.span, noise=config.noise,
+    )  # fmt: skip
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
     terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}

@@ -348,6 +348,11 @@ def test_held_masks_keep_the_share_of_the_schedule():
         assert (counts.mean(0) - wanted).abs().max() < 1.0 and counts.std(0).min() > 0.5
 
 
+def packed_spans(seqlens, span):
+    """(T,) the span of each row, of no two sequences the same."""
+    return torch.cat([100 * i + torch.arange(n) // span for i, n in enumerate(seqlens)])
+
+
 @pytest.mark.parametrize("span", [1, 4])
 def test_masks_with_little_noise_are_those_of_inference(span):
     """Spans live or die together by their mean, those that select() keeps; only what it takes of the last span may differ."""
@@ -380,8 +385,8 @@ def test_losses_mask_by_spans_and_noise(monkeypatch):
     assert taus == [0.5, 0.5, 5e3, 5e3]  # the noise that is multiplied is Gumbel's, before the temperature
     masks = [masks[1] for _, _, masks in seen]
     assert not torch.equal(*masks[:2]) and torch.equal(*masks[2:])
-    spans = torch.cat([torch.arange(26) // 4, 100 + torch.arange(34) // 4])[free := free_tokens([26, 34], [20, 30])]
-    assert all(len(mask[free][spans == i].unique()) == 1 for mask in masks for i in spans.unique())
+    free, spans = free_tokens([26, 34], [20, 30]), packed_spans([26, 34], 4)
+    assert all(len(mask[free & (spans == i)].unique()) == 1 for mask in masks for i in spans[free].unique())
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.01])
@@ -392,7 +397,7 @@ def test_gradient_of_masks_by_spans(noise):
     alive, weights = torch.ones(106, dtype=torch.float64), random(106, seed=1)
     torch.manual_seed(0)
     (train.stage_mask(pi, alive, free, seqlens, prompt_lens, 0.5, 1.0, 4, noise) * weights).sum().backward()
-    spans = torch.cat([torch.arange(46) // 4, 100 + torch.arange(60) // 4])
+    spans = packed_spans(seqlens, 4)
     for i in spans[free].unique():
         by = pi.grad[free & (spans == i)]
         torch.testing.assert_close(by, by[:1].expand(len(by), 2))
