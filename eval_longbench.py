@@ -36,7 +36,17 @@ import cli
 from cli import clock
 from data import Example
 from download import DEFAULT
-from eval_tasks import adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate
+from eval_tasks import (
+    ADAPTIVE,
+    adapted,
+    flops_share,
+    given_scores,
+    needs_heads,
+    parse,
+    policy,
+    run_method,
+    timed_generate,
+)
 from model import read_json
 from sdtp import fingerprint, generate, heads_sha256, write_atomic
 from tokenizer import Tokenizer
@@ -507,7 +517,7 @@ def begin(config, model, heads, schedule):
     saved = {
         **asdict(config),
         "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "schedule": {str(layer): [share, schedule.drop_mass.get(layer)] for layer, share in schedule.items()},
+        "schedule": {str(layer): [share, schedule.threshold.get(layer)] for layer, share in schedule.items()},
         "span": schedule.span,
         "model": fingerprint(model),
         "pruning": heads_sha256(heads),
@@ -541,8 +551,8 @@ def plans(config, model, prompts, methods, schedule, heads):
         n, found[dataset] = int(statistics.median(map(len, ids))), {}
         for method in methods:
             stages = policy(method, model.config, schedule, heads, n, config.keep)
-            if parse(method)[0] == "sdtp_adaptive":
-                stages = adapted(model, stages, heads, schedule, ())
+            if parse(method)[0] in ADAPTIVE:
+                stages = adapted(method, model, stages, heads, schedule, ())
             found[dataset][method] = stages
     return found
 

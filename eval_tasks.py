@@ -61,8 +61,11 @@ PEERS = {  # whole policies, at stages of their own: what ranks
     "self_information": None,
 }
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
-WITH_HEADS = ("sdtp", "sdtp_adaptive")  # adaptive: each prompt keeps what its scores ask for, on average the budget's
-KNOWN = (*dict.fromkeys((*METHODS, *WITH_HEADS, *SCORERS, *PEERS)),)
+WITH_HEADS = ("sdtp", "sdtp_adaptive")
+ADAPTIVE = tuple(
+    f"{name}_adaptive" for name in ("sdtp", *SCORERS)
+)  # each prompt keeps the spans above a threshold, on average the budget's
+KNOWN = (*dict.fromkeys((*METHODS, *ADAPTIVE, *SCORERS, *PEERS)),)
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it
 
@@ -263,11 +266,16 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         raise ValueError(f"{method}: {error}") from None
 
 
-def adapted(model, stages, heads, schedule, training):
-    """The adaptive Schedule of sdtp's stages: the heads' own masses where those are the stages of their schedule, else calibrated."""
-    if (stages, stages.span, bool(schedule.drop_mass)) != (schedule, schedule.span, True):
-        schedule = calibrate(model, training, heads, stages) if training else stages
-    return Schedule(len(model.layers), stages, span=stages.span, drop_mass=schedule.drop_mass, adaptive=True)
+def adapted(method, model, stages, heads, schedule, training):
+    """The adaptive Schedule of a method's stages: the heads' own thresholds where those are the stages of their schedule, else calibrated.
+
+    ValueError where there is no training prompt to calibrate on.
+    """
+    name, own = parse(method)[0].removesuffix("_adaptive"), schedule
+    if name != "sdtp" or (stages, stages.span, bool(own.threshold)) != (own, own.span, True):
+        rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
+        own = calibrate(model, training, rankers, stages) if training else stages
+    return Schedule(len(model.layers), stages, span=stages.span, threshold=own.threshold, adaptive=True)
 
 
 def given_scores(name, model, batch, layers, teacher, label_loss):
@@ -300,7 +308,7 @@ def gemfilter(example, scores, stages):
 
 def run_method(run, method, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
-    name, kv = parse(method)[0], compressed(method)
+    name, kv = parse(method)[0].removesuffix("_adaptive"), compressed(method)
     run = partial(run, kv=kv) if kv else run
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
@@ -376,7 +384,7 @@ def result_keys(task, model, examples, plan, digest, seed, labels):
         for example in examples:
             kept = stages and [[layer, alive_count(len(example.prompt), share)] for layer, share in stages.items()]
             if stages and stages.adaptive:
-                kept = stages.drop_mass | {layer: 0.0 for layer, share in stages.items() if not share}
+                kept = stages.threshold | {layer: 0.0 for layer, share in stages.items() if not share}
             parts = json.dumps([*base, example[:2], name, stages and [stages.span, kept], own.get(name)])
             keys[keep, method].append(hashlib.sha256(parts.encode()).hexdigest() + (f"+{kv}" if kv else ""))
     return keys
@@ -389,12 +397,12 @@ def evaluate(
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 
     run: perplexity_results, needle_results of a tokenizer, or eval_harness's; task: its name, in the keys of the file `rows` (see
-    Results); methods, keeps, and errors: see policies(); training: prompts, lists of ids, to calibrate sdtp_adaptive on.
+    Results); methods, keeps, and errors: see policies(); training: prompts, lists of ids, to calibrate adaptive ones on.
     """
     plan = policies(model.config, examples, methods, schedule, heads, keeps)
     for (keep, method), stages in plan.items():
-        if parse(method)[0] == "sdtp_adaptive":
-            plan[keep, method] = adapted(model, stages, heads, schedule, training)
+        if parse(method)[0] in ADAPTIVE:
+            plan[keep, method] = adapted(method, model, stages, heads, schedule, training)
     digest = heads_sha256(heads)
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
@@ -615,7 +623,7 @@ def main():
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
     names = ("teacher", "label_loss", "seed", "batch_size", "rows")
     settings = {name: getattr(config, name) for name in names} | {"keeps": keeps}
-    if any(parse(method)[0] == "sdtp_adaptive" for method in methods):
+    if any(parse(method)[0] in ADAPTIVE for method in methods):
         training, _ = load(config.data or {"needle": "made"}.get(config.tasks, "pydoc"), config, tokenizer)
         settings["training"] = [e.prompt for e in training[:CALIBRATION_PROMPTS]]
     if harness:

@@ -143,10 +143,7 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
     first, end = (round(share * len(model.layers)) for share in READING)
     depth = max([end, *(layer + 1 for layer in layers)])
 
-    def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-        if len(received) < first:  # a layer that no label counts
-            received.append(None)
-            return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
+    def reading(q, k, v, positions, seqlens, window):
         parts, sizes = [], v.float().norm(dim=-1).repeat_interleave(q.shape[1] // v.shape[1], 1).T  # (Hq, T)
         each = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens), sizes.split(seqlens, 1), starts)
         for q_, k_, p, size, start in each:
@@ -154,7 +151,11 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
             rows = zip(q_[scoring].split(block), p[scoring].split(block))
             seen = sum(attention_weights(qs, k_, ps, p, window).sum(1) for qs, ps in rows)
             parts.append((seen * size).amax(0))
-        received.append(torch.cat(parts))
+        return torch.cat(parts)
+
+    def gather(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+        counts = len(received) >= first  # in some label
+        received.append(reading(q, k, v, positions, seqlens, window) if counts else None)
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
 
     states, _ = hidden_states(model, ids, layers, seqlens, noise=noise, attend=gather, depth=depth)

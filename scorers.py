@@ -22,8 +22,8 @@ def random(*generators):
 
 
 def most_recent(x, positions, seqlens, block):
-    """Later tokens first."""
-    return positions.float()
+    """Later tokens first, by their distance to the prompt's end."""
+    return torch.cat([p - p[-1] for p in positions.split(seqlens)]).float()
 
 
 def earliest(x, positions, seqlens, block):

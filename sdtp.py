@@ -57,22 +57,22 @@ class Schedule(dict):
     alone, and needs no scorer. ValueError names a layer outside the model, a share outside [0, 1] or above the one
     before, or a span below 1.
 
-    adaptive, not the paper's: a prompt drops its lowest spans, as many as hold at most a share drop_mass[layer] of the
-    softmax over its spans' scores (top-p, over spans; the softmax, as L_list leaves a prompt's scores a constant free).
-    calibrate() finds the masses by which prompts keep the shares on average: mean_share() and alive() are expectations
-    then. A drop_mass without adaptive changes nothing.
+    adaptive, not the paper's: a prompt keeps the spans that score threshold[layer] or more, so that one with little to lose
+    drops more than another, and a long one more than a short one. The scores of different prompts must be comparable,
+    as L_level of train.py makes them. calibrate() finds the thresholds by which prompts keep the shares together:
+    mean_share() and alive() are expectations then. A threshold without adaptive changes nothing.
     """
 
     def __init__(
         self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1,
-        drop_mass=None, adaptive=False,
+        threshold=None, adaptive=False,
     ):  # fmt: skip
         if shares is None:
             layers = range(first_layer, num_hidden_layers, step)[:stages]
             shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
         self.num_hidden_layers, self.span, self.adaptive = num_hidden_layers, span, adaptive
-        self.drop_mass = {int(layer): float(mass) for layer, mass in (drop_mass or {}).items()}
+        self.threshold = {int(layer): float(score) for layer, score in (threshold or {}).items()}
         if span < 1:
             raise ValueError(f"the schedule has spans of {span} tokens; at least 1 is needed")
         if not self:
@@ -90,10 +90,10 @@ class Schedule(dict):
                     f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before"
                 )
             previous = share
-        masses, right = self.drop_mass, all(0 < mass < 1 for mass in self.drop_mass.values())
-        if (masses or adaptive) and not (sorted(masses) == self.scored() and right):
+        scores = self.threshold
+        if (scores or adaptive) and not (sorted(scores) == self.scored() and all(map(math.isfinite, scores.values()))):
             raise ValueError(
-                f"an adaptive schedule needs a drop_mass between 0 and 1 at each of layers {self.scored()}, not {masses}; calibrate() finds it"
+                f"an adaptive schedule needs a threshold, a number, at each of layers {self.scored()}, not {scores}; calibrate() finds it"
             )
 
     def scored(self):
@@ -147,7 +147,7 @@ class Schedule(dict):
         if not (self.adaptive and self[layer]):
             return [self[layer]] * len(seqlens)
         parts = zip(scores.split(seqlens), positions.split(seqlens), prompt_lens)
-        return [adaptive_share(*part, self.drop_mass[layer], self.span) for part in parts]
+        return [adaptive_share(*part, self.threshold[layer], self.span) for part in parts]
 
     def alive(self, n, shares=None):
         """Tokens of a prompt of n that are alive at each layer, a list of num_hidden_layers counts; shares: {layer: its own}."""
@@ -179,19 +179,20 @@ def span_means(scores, positions, span):
     return bin_means(scores, index, len(spans)), index
 
 
-def adaptive_share(scores, positions, n, drop_mass, span):
-    """What an adaptive stage keeps, as a share of the prompt of n tokens: all but the lowest spans of at most that mass.
-
-    scores, positions: (T,) of its rows alive; a span's score is the mean over those that may be dropped, as in select().
-    """
+def free_spans(scores, positions, n, span):
+    """((S,) mean scores, (S,) rows) of the spans of a prompt of n tokens that may be dropped, as in select(): no score is the lowest one."""
     free = ~is_protected(positions, n)
-    if not free.any():
-        return len(positions) / n
     means, index = span_means(scores[free].nan_to_num(nan=-math.inf), positions[free], span)
-    means, order = means.double().sort(stable=True)  # of equal scores the earlier goes first, as in select()
-    p = means.softmax(-1).nan_to_num(nan=0.0)  # of scores none of which is a number
-    dropped = (p.cumsum(-1) <= drop_mass).sum()  # summed from below, where a peaked softmax has its small numbers
-    return (len(positions) - index.bincount()[order][:dropped].sum().item()) / n
+    return means, index.bincount(minlength=len(means))
+
+
+def adaptive_share(scores, positions, n, threshold, span):
+    """What an adaptive stage keeps, as a share of the prompt of n tokens: all but the spans that score less than the threshold.
+
+    scores, positions: (T,) of its rows alive.
+    """
+    means, rows = free_spans(scores, positions, n, span)
+    return (len(positions) - rows[means < threshold].sum().item()) / n
 
 
 def select(scores, positions, share, seqlens, prompt_lens, span=1):
@@ -418,7 +419,7 @@ def save_heads(folder, heads, model, schedule, **info):
         "sha256": hashlib.sha256(data).hexdigest(),
         "schedule": {str(layer): share for layer, share in schedule.items()},
         "span": schedule.span,
-        "drop_mass": {str(layer): mass for layer, mass in schedule.drop_mass.items()},
+        "threshold": {str(layer): score for layer, score in schedule.threshold.items()},
         "head": next(iter(heads.values())).options,
         **info,
     }
@@ -437,7 +438,7 @@ def load_heads(folder, model):
             f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
         )
     try:
-        more = {"span": meta.get("span", 1), "drop_mass": meta.get("drop_mass")}
+        more = {"span": meta.get("span", 1), "threshold": meta.get("threshold")}
         schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
         heads = {
@@ -539,33 +540,33 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None):
                 )
 
 
-CALIBRATION_PROMPTS = 64  # training prompts that scripts give to calibrate()
+CALIBRATION_PROMPTS = 256  # training prompts that scripts give to calibrate()
 
 
 @torch.no_grad()
-def calibrate(model, prompts, scorers, schedule, rounds=40):
-    """The Schedule with the masses by which, used adaptively, these prompts keep as many tokens together as by its shares.
+def calibrate(model, prompts, scorers, schedule):
+    """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares.
 
-    prompts: lists of token ids, all packed into one forward; scorers: as in prefill. Stage by stage, by bisection.
+    prompts: lists of token ids, all packed into one forward; scorers: as in prefill. Stage by stage: each span of any
+    prompt that is not among the highest goes.
     """
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
-    x, positions, drop_mass = model.embed(ids), model.positions(seqlens), {}
+    x, positions, threshold = model.embed(ids), model.positions(seqlens), {}
     for layer, block in enumerate(model.layers[: max(schedule.scored(), default=-1) + 1]):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
             rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))
-            wanted, low, high = sum(alive_count(n, schedule[layer]) for n in prompt_lens), -700.0, 0.0  # log masses
-            for _ in range(rounds):
-                middle = (low + high) / 2
-                shares = [adaptive_share(*row, math.exp(middle), schedule.span) for row in rows]
-                more = sum(alive_count(n, share) for n, share in zip(prompt_lens, shares)) >= wanted
-                low, high = (middle, high) if more else (low, middle)
-            drop_mass[layer] = math.exp(middle)
+            means, sizes = map(torch.cat, zip(*(free_spans(*row, schedule.span) for row in rows)))
+            means, order = means.sort(descending=True)
+            wanted = sum(alive_count(n, schedule[layer]) - protected_count(n) for n in prompt_lens)
+            kept = (sizes[order].cumsum(0) <= wanted).sum().item()
+            threshold[layer] = means[max(kept, 1) - 1].item()
+            shares = [adaptive_share(*row, threshold[layer], schedule.span) for row in rows]
             keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
         x = block(x, positions, seqlens)
-    return Schedule(len(model.layers), schedule, span=schedule.span, drop_mass=drop_mass)
+    return Schedule(len(model.layers), schedule, span=schedule.span, threshold=threshold)
 
 
 def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):

@@ -76,6 +76,7 @@ class TrainConfig:
     list_weight: float = 1.0  # weight of L_list
     list_span: int = 8  # tokens of a span in L_list: finer than --span teaches more
     list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
+    level_weight: float = 0.1  # weight of L_level, by which scores of different prompts can be compared (sdtp_adaptive)
     lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 0.0  # weight of L_mse
     rank_weight: float = 0.0  # weight of L_rank
@@ -119,7 +120,7 @@ class TrainConfig:
 OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
-    "list_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
+    "list_weight": 0.0, "level_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
 # Flags that may differ between runs whose heads are the same.
@@ -263,15 +264,26 @@ def list_loss(scores, labels, power=0.5):
     return -(target / target.sum().clamp(min=1e-30) * scores.log_softmax(-1)).sum()
 
 
-def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
-    """{"list": L_list, "mse": L_mse, "rank": L_rank, "overlap": ...} of the heads with their labels, over the tokens that may be dropped.
+def level_loss(scores, labels, power=0.5):
+    """(log sum_i e^scores_i - log sum_i labels_i^power)^2 over the spans of one prompt.
 
-    L_list: list_loss() of the spans' means. L_mse: between softmax(pi)[keep] and saliency / its maximum, mean over
-    tokens. L_rank: mean over pairs. The first and the last are summed over stages, L_mse is their mean; all: mean over
+    scores, labels: (S,). list_loss() leaves a prompt's scores a constant free. This asks for the one with which e^score is the
+    label itself, ^power, so that of two prompts' spans the one that more is read of scores higher.
+    """
+    wanted = (labels.clamp(min=1e-30).log() * power).logsumexp(-1)
+    return (scores.logsumexp(-1) - wanted) ** 2
+
+
+def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
+    """{"list": L_list, "level": L_level, "mse": L_mse, "rank": L_rank, "overlap": ...} of the heads with their labels, over
+    the tokens that may be dropped.
+
+    L_list, L_level: list_loss() and level_loss() of the spans' means. L_mse: between softmax(pi)[keep] and saliency / its
+    maximum, mean over tokens. L_rank: mean over pairs. All but L_mse, their mean, are summed over stages; all: mean over
     prompts. A loss of weight 0 is left out. Overlap: of the tokens that the heads would keep with those that the
     labels would, dropped ones ranked too.
     """
-    terms = {"list": [], "mse": [], "rank": [], "overlap": []}
+    terms = {"list": [], "level": [], "mse": [], "rank": [], "overlap": []}
     for layer, pi in logits.items():
         parts = zip(pi.split(seqlens), labels[layer].split(seqlens), free.split(seqlens), prompt_lens)
         for pi_row, label, droppable, n in parts:
@@ -279,9 +291,10 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             if not len(label):
                 continue
             score = pi_row[:, 0] - pi_row[:, 1]
-            if config.list_weight:
-                means = (span_means(values, positions, config.list_span)[0] for values in (score, label))
-                terms["list"].append(list_loss(*means, config.list_power) * len(logits))
+            for name, loss in (("list", list_loss), ("level", level_loss)):
+                if getattr(config, f"{name}_weight"):
+                    means = (span_means(values, positions, config.list_span)[0] for values in (score, label))
+                    terms[name].append(loss(*means, config.list_power) * len(logits))
             if config.mse_weight:
                 terms["mse"].append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
             if config.rank_weight:
@@ -334,7 +347,7 @@ def losses(model, heads, batch, schedule, config):
 
 def weighted(terms, config):
     """The sum of the losses by their weights; distillation goes by L_lm's."""
-    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")}
+    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "level", "lm", "mse", "rank")}
     weights["distill"] = config.lm_weight
     return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
@@ -377,15 +390,19 @@ def pack(model, examples, layers, config):
 
 
 def tilted(labels, examples, recency, primacy):
-    """Labels (T,) of the layers, times e^(recency * position / prompt tokens) in plain text, e^(-primacy * the same) elsewhere.
+    """Labels (T,) of the layers, times e^(recency * position / prompt tokens) in plain text, e^(-primacy * the same) elsewhere,
+    over the mean of that over the prompt.
 
     What a text goes on with is mostly recent. Which of the old it reads is hard to foretell, and heads that try do worse
     than recency alone (results/LOG.md, session 6). What an answer reads may be anywhere, but it reads what is near more,
     and a token that is dropped is missing to all that come after it, too (results/LOG.md, session 11).
     """
-    rates = [(recency if e.text else -primacy) / len(e.prompt) for e in examples]
-    positions = [torch.arange(len(e.prompt) + len(e.response)) * rate for e, rate in zip(examples, rates)]
-    return {layer: label * torch.cat(positions).exp().to(label) for layer, label in labels.items()}
+    tilts = []
+    for e in examples:
+        rate, n = recency if e.text else -primacy, len(e.prompt)
+        tilt = torch.arange(n + len(e.response)) * (rate / n)
+        tilts.append((tilt - tilt[:n].logsumexp(0)).exp() * n)
+    return {layer: label * torch.cat(tilts).to(label) for layer, label in labels.items()}
 
 
 def marked_once(model, examples, layers, config):
@@ -623,7 +640,7 @@ def train(model, heads, examples, schedule, config):
         seconds = time.perf_counter() - begin
         eta = seconds / (step + 1 - first) * (steps - step - 1)
         shown = " ".join(
-            f"{name} {record[name]:.3f}" for name in ("list", "lm", "mse", "rank", "distill") if name in record
+            f"{name} {record[name]:.3f}" for name in ("list", "level", "lm", "mse", "rank", "distill") if name in record
         )
         shown += f" | alive {record['alive']:.2f}" if "alive" in record else ""
         print(

@@ -17,7 +17,7 @@ import eval_tasks
 import scorers
 from data import Example
 from eval_tasks import (
-    KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, compressed, gemfilter, gemfilter_scores, needle, parse,
+    ADAPTIVE, KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, compressed, gemfilter, gemfilter_scores, needle, parse,
     perplexity, policy, score,
 )  # fmt: skip
 from kv import Compression
@@ -239,8 +239,8 @@ def test_cuda_equals_cpu():
     torch.manual_seed(0)
     options = {"norm": True, "position": True, "matches": 2, "ending": True, "attention": 4}
     model, heads = tiny.build(**DEEPER), {layer: PruneHead(32, **options) for layer in STAGES}
-    # not sdtp_adaptive: the mass that calibrate() finds lies on the edge of a span, where rounding decides
-    methods = sorted({*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"} - {"sdtp_adaptive"})
+    # not the adaptive ones: the score that calibrate() finds is a span's own, where rounding decides
+    methods = sorted({*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"} - {*ADAPTIVE})
     expected = perplexity(model, EXAMPLES, methods, STAGES, heads, batch_size=2)
     heads = {layer: head.cuda() for layer, head in heads.items()}
     got = perplexity(model.cuda(), EXAMPLES, methods, STAGES, heads, batch_size=2)
@@ -764,10 +764,10 @@ def test_script_finds_the_heads_of_a_span(tmp_path, monkeypatch):
 
 
 def test_sdtp_adaptive(tmp_path):
-    """The heads' own masses at their own stages; at a budget or a span of its own those calibrated for it, which are in the keys."""
+    """The heads' own thresholds at their own stages; at a budget or a span of its own those calibrated for it, which are in the keys."""
     model, ranker, path = tiny.build(num_hidden_layers=6), heads_of(STAGES), tmp_path / "rows.jsonl"
     training = [tiny.ids(n, seed=n).tolist() for n in range(20, 50)]
-    own = Schedule(6, STAGES, span=8, drop_mass={1: 0.3, 3: 0.3, 5: 0.3})
+    own = Schedule(6, STAGES, span=8, threshold={1: 0.3, 3: 0.3, 5: 0.3})
 
     def run(method, schedule, keep, **more):
         keeps = {"keeps": [keep], "training": training, "rows": path}
@@ -775,8 +775,8 @@ def test_sdtp_adaptive(tmp_path):
 
     for method, keep in (("sdtp_adaptive", 0.0), ("sdtp_adaptive", 0.8), ("sdtp_adaptive@2", 0.0)):
         stages = policy(method, model.config, own, ranker, 30, keep)
-        masses = own if method == "sdtp_adaptive" and not keep else calibrate(model, training, ranker, stages)
-        adaptive = Schedule(6, stages, span=stages.span, drop_mass=masses.drop_mass, adaptive=True)
+        found = own if method == "sdtp_adaptive" and not keep else calibrate(model, training, ranker, stages)
+        adaptive = Schedule(6, stages, span=stages.span, threshold=found.threshold, adaptive=True)
         runs = [score(model, [e], ranker, adaptive) for e in EXAMPLES]
         alive, lens = [counts for _, (counts,), _ in runs], [len(e.prompt) for e in EXAMPLES]
         sdtp, row = run(method, own, keep)
@@ -787,12 +787,26 @@ def test_sdtp_adaptive(tmp_path):
     before = len(path.read_text().splitlines())
     run("sdtp_adaptive", own, 0.8)
     assert len(path.read_text().splitlines()) == before
-    run("sdtp_adaptive", own, 0.8, training=training[:9])  # other masses
+    run("sdtp_adaptive", own, 0.8, training=training[:9])  # other thresholds
     assert len(path.read_text().splitlines()) == before + 3
-    with pytest.raises(ValueError, match="needs a drop_mass"):
+    with pytest.raises(ValueError, match="needs a threshold"):
         run("sdtp_adaptive", STAGES, 0.0, training=())
     with pytest.raises(ValueError, match="needs heads"):
         perplexity(model, EXAMPLES, ["sdtp_adaptive"], own)
+
+
+@pytest.mark.parametrize("method", ["earliest_adaptive@1@2", "most_recent_adaptive@1@2"])
+def test_positional_scorers_adaptive(method):
+    """Above a threshold of position are as many of the first tokens in a long prompt as in a short one, or of the last."""
+    model, results = tiny.build(num_hidden_layers=6, max_position_embeddings=128), eval_tasks.perplexity_results
+    training = [tiny.ids(n, seed=n).tolist() for n in range(80, 101)]
+    examples = [Example(tiny.ids(n, seed=n).tolist(), [5, 6]) for n in (80, 90, 100)]
+    how = {"keeps": [0.5], "training": training}
+    found = eval_tasks.evaluate(results, "perplexity", model, examples, [method], STAGES, **how)[0.5, method]
+    counts = [result["alive"][2] for result in found]
+    if method.startswith("earliest"):  # the protected last tenth grows beside them
+        counts = [count - protected_count(len(e.prompt)) for count, e in zip(counts, examples)]
+    assert counts[0] == counts[1] == counts[2] < 72
 
 
 @pytest.mark.parametrize(

@@ -960,23 +960,19 @@ def test_cuda_equals_cpu(fields):
 
 def test_adaptive_share_by_hand():
     """40 tokens, 8 protected (0 to 3, 36 to 39), spans of 8: the free rows of the spans are 4, 8, 8, 8 and 4."""
-    spans = torch.tensor([0.1, 0.3, 0.4, 0.15, 0.05]).log() + 5  # softmax is blind to a constant
-    scores, positions = spans.repeat_interleave(8), torch.arange(40)
-    scores[[0, 39]] = 100.0  # protected: no part of the mass
-    kept = {0.01: 40, 0.1: 36, 0.2: 32, 0.4: 24, 0.7: 16}  # without 0.05, then 0.15, 0.3 and 0.6 of the mass
-    for drop_mass, count in kept.items():
-        assert sdtp.adaptive_share(scores, positions, 40, drop_mass, 8) * 40 == pytest.approx(count)
+    scores, positions = torch.tensor([0.1, 0.3, 0.4, 0.15, 0.05]).repeat_interleave(8), torch.arange(40)
+    scores[[0, 39]] = -100.0  # protected: no part of a span
+    kept = {0.01: 40, 0.05: 40, 0.07: 36, 0.12: 32, 0.2: 24, 0.35: 16, 0.5: 8}  # a span at the threshold stays
+    for threshold, count in kept.items():
+        threshold = torch.tensor(threshold).item()  # as calibrate() finds it, of float32 scores
+        assert sdtp.adaptive_share(scores, positions, 40, threshold, 8) * 40 == pytest.approx(count)
     rows = torch.cat([torch.arange(4), torch.arange(10, 12), torch.arange(36, 40)])  # two are left that may go
-    assert sdtp.adaptive_share(scores[rows], rows, 40, 0.99, 8) * 40 == pytest.approx(10)
-    assert sdtp.adaptive_share(scores[:6], torch.arange(6), 6, 0.5, 8) * 6 == pytest.approx(6)
-    assert sdtp.adaptive_share(30 * scores, positions, 40, 1e-12, 8) * 40 == pytest.approx(
-        24
-    )  # (0.15 / 0.4)^30 < 1e-12
-    equal = torch.zeros(40)
-    assert sdtp.adaptive_share(equal, positions, 40, 0.21, 8) * 40 == pytest.approx(36)  # the first span: 4 rows
+    assert sdtp.adaptive_share(scores[rows], rows, 40, 0.5, 8) * 40 == pytest.approx(8)
+    assert sdtp.adaptive_share(scores[rows], rows, 40, 0.2, 8) * 40 == pytest.approx(10)
+    assert sdtp.adaptive_share(scores[:5], torch.arange(5), 5, 0.5, 8) == 1  # none may be dropped
     scores[20] = math.nan  # no score is the lowest one
     assert sdtp.adaptive_share(scores, positions, 40, 0.01, 8) * 40 == pytest.approx(32)
-    assert sdtp.adaptive_share(scores.fill_(math.nan), positions, 40, 0.5, 8) * 40 == pytest.approx(8)
+    assert sdtp.adaptive_share(scores.fill_(math.nan), positions, 40, -100.0, 8) * 40 == pytest.approx(8)
 
 
 def peaked_heads(model):
@@ -992,8 +988,8 @@ def test_calibrate(span):
     prompts, heads = [tiny.ids(n, seed) for seed, n in enumerate(lens)], peaked_heads(model)
     fixed = Schedule(5, {1: 0.7, 2: 0.55}, span=span)
     found = sdtp.calibrate(model, [p.tolist() for p in prompts], heads, fixed)
-    assert found == fixed and not found.adaptive and found.drop_mass.keys() == fixed.keys()
-    adaptive = Schedule(5, found, span=span, drop_mass=found.drop_mass, adaptive=True)
+    assert found == fixed and not found.adaptive and found.threshold.keys() == fixed.keys()
+    adaptive = Schedule(5, found, span=span, threshold=found.threshold, adaptive=True)
     logits, cache = prefill(model, torch.cat(prompts), heads, adaptive, lens)
     for layer in (1, 2):
         counts, asked = cache.seqlens()[layer], [fixed.alive(n)[layer] for n in lens]
@@ -1015,16 +1011,16 @@ def test_adaptive_guard(monkeypatch):
     model = tiny.build(num_hidden_layers=5)
     monkeypatch.setattr(sdtp, "select", lambda scores, p, share, seqlens, *rest: (torch.arange(len(scores)), seqlens))
     with pytest.raises(RuntimeError, match="layer 1 holds .40. tokens"):
-        prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {1: 0.5}, drop_mass={1: 0.5}, adaptive=True))
+        prefill(model, tiny.ids(40), random_heads(model), Schedule(5, {1: 0.5}, threshold={1: 0.5}, adaptive=True))
 
 
-def test_mass_round_trip_and_refusals(tmp_path):
+def test_threshold_round_trip_and_refusals(tmp_path):
     model = tiny.build()
     heads = {1: PruneHead(32)}
-    save_heads(tmp_path, heads, model, Schedule(3, {1: 0.5}, span=4, drop_mass={1: 0.75}))
+    save_heads(tmp_path, heads, model, Schedule(3, {1: 0.5}, span=4, threshold={1: -0.75}))
     schedule = load_heads(tmp_path, model)[1]
-    assert schedule.drop_mass == {1: 0.75} and not schedule.adaptive and schedule.span == 4
-    assert schedule.with_ratio(0.8).drop_mass == {}  # another share asks for another mass
-    for mass in (None, {2: 0.5}, {1: 0.0}, {1: 1.0}, {1: math.nan}):
-        with pytest.raises(ValueError, match="needs a drop_mass"):
-            Schedule(3, {1: 0.5}, drop_mass=mass, adaptive=True)
+    assert schedule.threshold == {1: -0.75} and not schedule.adaptive and schedule.span == 4
+    assert schedule.with_ratio(0.8).threshold == {}  # another share asks for another one
+    for threshold in (None, {2: 0.5}, {1: math.inf}, {1: math.nan}):
+        with pytest.raises(ValueError, match="needs a threshold"):
+            Schedule(3, {1: 0.5}, threshold=threshold, adaptive=True)

@@ -703,7 +703,8 @@ def test_tilted_labels(recency, primacy, tmp_path, cache):
         for layer in (0, 2):
             growth = (labels[layer] / plain[layer])[plain[layer] > 0]
             # of 15 tokens: nothing reads the last one
-            expected = [math.exp(rate * i / 12) for rate in (recency, -primacy) for i in range(15)]
+            tilts = [[math.exp(rate * i / 12) for i in range(15)] for rate in (recency, -primacy)]
+            expected = [tilt / (sum(each[:12]) / 12) for each in tilts for tilt in each]
             torch.testing.assert_close(growth, torch.tensor(expected))
 
 
@@ -719,6 +720,18 @@ def test_list_loss():
     assert best.grad.abs().max() < 1e-5 and train.list_loss(scores, labels) > train.list_loss(best, labels)
 
 
+def test_level_loss():
+    """L_level by hand: 0 where the scores are the logarithms of labels^power but for their order, and a constant more is its square."""
+    labels = torch.tensor([3.0, 0.0, 12.0, 0.75, 6.0], dtype=torch.float64)
+    scores = random(5)
+    wanted = math.log(sum(label**0.5 for label in labels.tolist()))
+    by_hand = (math.log(sum(math.exp(s) for s in scores.tolist())) - wanted) ** 2
+    assert train.level_loss(scores, labels).item() == pytest.approx(by_hand)
+    best = (labels.clamp(min=1e-12) ** 0.5).log().flip(0)
+    assert train.level_loss(best, labels).item() == pytest.approx(0, abs=1e-9)
+    assert train.level_loss(best + 3, labels).item() == pytest.approx(9)
+
+
 def test_imitation_reads_dense_states_of_prompts_alone():
     """Without L_lm the heads score the dense model's prompt rows, as prefill would at the first stage, and masks are not drawn."""
     model, schedule = tiny.build(torch.float32), Schedule(3, {1: 0.6, 2: 0.5}, span=4)
@@ -726,7 +739,7 @@ def test_imitation_reads_dense_states_of_prompts_alone():
     heads = {layer: PruneHead(32, norm=True, position=True, matches=2, ending=True, attention=4) for layer in schedule}
     data = ids, seqlens, prompt_lens, labels, _ = batch(model)
     terms, alive = losses(model, heads, data, schedule, TrainConfig(list_span=4))
-    assert alive == {} and terms.keys() == {"loss", "list", "overlap"}
+    assert alive == {} and terms.keys() == {"loss", "list", "level", "overlap"}
     states, _ = saliency.hidden_states(model, ids, (1, 2), seqlens)
     expected = 0.0
     for start, n in ((0, 20), (26, 30)):
