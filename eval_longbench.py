@@ -552,7 +552,7 @@ def plans(config, model, prompts, methods, schedule, heads):
         for method in methods:
             stages = policy(method, model.config, schedule, heads, n, config.keep)
             if parse(method)[0] in ADAPTIVE:
-                stages = adapted(method, model, stages, heads, schedule, ())
+                stages = adapted(method, model, stages, heads, ids)
             found[dataset][method] = stages
     return found
 

@@ -38,7 +38,7 @@ from download import DEFAULT
 from kv import Compression
 from model import KVCache
 from sdtp import (
-    CALIBRATION_PROMPTS, Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_sha256, paper_stages,
+    Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_sha256, paper_stages,
     prefill, protected_count, select,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -266,16 +266,15 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         raise ValueError(f"{method}: {error}") from None
 
 
-def adapted(method, model, stages, heads, schedule, training):
-    """The adaptive Schedule of a method's stages: the heads' own thresholds where those are the stages of their schedule, else calibrated.
+def adapted(method, model, stages, heads, prompts):
+    """An adaptive method's Schedule: its stages, with the thresholds by which these prompts, lists of ids, together keep their shares.
 
-    ValueError where there is no training prompt to calibrate on.
+    So methods are compared at equal compute. The thresholds are the same for all prompts, and no response is looked at.
     """
-    name, own = parse(method)[0].removesuffix("_adaptive"), schedule
-    if name != "sdtp" or (stages, stages.span, bool(own.threshold)) != (own, own.span, True):
-        rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
-        own = calibrate(model, training, rankers, stages) if training else stages
-    return Schedule(len(model.layers), stages, span=stages.span, threshold=own.threshold, adaptive=True)
+    name = parse(method)[0].removesuffix("_adaptive")
+    rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
+    found = calibrate(model, prompts, rankers, stages)
+    return Schedule(len(model.layers), stages, span=stages.span, threshold=found.threshold, adaptive=True)
 
 
 def given_scores(name, model, batch, layers, teacher, label_loss):
@@ -392,17 +391,17 @@ def result_keys(task, model, examples, plan, digest, seed, labels):
 
 def evaluate(
     run, task, model, examples, methods, schedule, heads=None, *, keeps=(0.0,), teacher=saliency.TEACHER,
-    label_loss=saliency.LABEL_LOSS, seed=0, batch_size=1, rows="", training=(),
+    label_loss=saliency.LABEL_LOSS, seed=0, batch_size=1, rows="",
 ):  # fmt: skip
     """{(keep, method): a result per example}: every batch is run by every method in turn, dense first.
 
     run: perplexity_results, needle_results of a tokenizer, or eval_harness's; task: its name, in the keys of the file `rows` (see
-    Results); methods, keeps, and errors: see policies(); training: prompts, lists of ids, to calibrate adaptive ones on.
+    Results); methods, keeps, and errors: see policies(); adaptive methods: see adapted().
     """
     plan = policies(model.config, examples, methods, schedule, heads, keeps)
     for (keep, method), stages in plan.items():
         if parse(method)[0] in ADAPTIVE:
-            plan[keep, method] = adapted(method, model, stages, heads, schedule, training)
+            plan[keep, method] = adapted(method, model, stages, heads, [e.prompt for e in examples])
     digest = heads_sha256(heads)
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
@@ -623,9 +622,6 @@ def main():
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
     names = ("teacher", "label_loss", "seed", "batch_size", "rows")
     settings = {name: getattr(config, name) for name in names} | {"keeps": keeps}
-    if any(parse(method)[0] in ADAPTIVE for method in methods):
-        training, _ = load(config.data or {"needle": "made"}.get(config.tasks, "pydoc"), config, tokenizer)
-        settings["training"] = [e.prompt for e in training[:CALIBRATION_PROMPTS]]
     if harness:
         make_lm = partial(eval_harness.HarnessLM, model, tokenizer, methods, schedule, heads, **settings)
         return eval_harness.run(config, tasks, make_lm)

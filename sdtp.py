@@ -540,16 +540,17 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None):
                 )
 
 
-CALIBRATION_PROMPTS = 256  # training prompts that scripts give to calibrate()
+CALIBRATION_TOKENS = 2**18  # of the prompts that calibrate() looks at, about
 
 
 @torch.no_grad()
 def calibrate(model, prompts, scorers, schedule):
     """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares.
 
-    prompts: lists of token ids, all packed into one forward; scorers: as in prefill. Stage by stage: each span of any
-    prompt that is not among the highest goes.
+    prompts: lists of token ids; where they are many, some, evenly drawn, are packed into one forward. scorers: as in prefill.
+    Stage by stage: each span of any prompt that is not among the highest goes.
     """
+    prompts = prompts[:: -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)]
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
     x, positions, threshold = model.embed(ids), model.positions(seqlens), {}

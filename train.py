@@ -36,7 +36,7 @@ from download import DEFAULT
 from eval_tasks import METHODS, perplexity, policies, print_table
 from model import read_json, visible
 from sdtp import (
-    CALIBRATION_PROMPTS, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
+    PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
     protected_count, save_heads, span_means, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
@@ -732,8 +732,8 @@ def prompts(config, tokenizer, model):
     return examples, held_out
 
 
-def measure(model, heads, held_out, training, schedule, history, config):
-    """Both figures and the table of all methods on the held-out prompts, in out_dir; training: prompts to calibrate on."""
+def measure(model, heads, held_out, schedule, history, config):
+    """Both figures and the table of all methods on the held-out prompts, in out_dir."""
     out = Path(config.out_dir)
     draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
@@ -743,8 +743,8 @@ def measure(model, heads, held_out, training, schedule, history, config):
     print(f"heads in {out / 'heads'}, {share:.2%} of the FLOPs of a pruned prefill of {n} tokens", flush=True)
     print(f"now {len(held_out)} held-out prompts", flush=True)
     settings = {name: getattr(config, name) for name in ("teacher", "label_loss", "seed")}
-    settings |= {"rows": config.eval_rows, "training": training}
-    rows = perplexity(model, held_out, config.eval_methods.split(","), schedule, heads, **settings)
+    methods = config.eval_methods.split(",")
+    rows = perplexity(model, held_out, methods, schedule, heads, rows=config.eval_rows, **settings)
     print_table(rows)
     for path in (config.json, out / "eval.json"):
         cli.write_rows(path, rows, source=config.data, seed=config.seed)
@@ -780,11 +780,10 @@ def main():
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()
-    training = [e.prompt for e in examples[:CALIBRATION_PROMPTS]]
-    schedule = calibrate(model, training, heads, schedule)
+    schedule = calibrate(model, [e.prompt for e in examples], heads, schedule)
     info = run_info(config) | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
-    measure(model, heads, held_out, training, schedule, history, config)
+    measure(model, heads, held_out, schedule, history, config)
     (Path(config.out_dir) / "checkpoint.safetensors").unlink()
     if own_cache:
         shutil.rmtree(config.label_cache)
