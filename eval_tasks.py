@@ -484,10 +484,11 @@ def table(results, model, examples, heads, difference):
     """Rows from evaluate()'s results, one budget after the other, each with dense first.
 
     value: sum of the results' values over that of their counts; diff, low, high: see compare(), with dense;
-    over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp; and costs(). at_floor: share of the examples of which
-    the first stage leaves the protected tokens alone.
+    over_sdtp, over_sdtp_low, over_sdtp_high: likewise with sdtp or sdtp_adaptive, whichever comes first; and costs().
+    at_floor: share of the examples of which the first stage leaves the protected tokens alone.
     """
     lens, rows = [len(e.prompt) for e in examples], []
+    ours = next((method for _, method in results if method in WITH_HEADS), None)
     for (keep, method), found in results.items():
         dense = results[keep, "dense"]
         row = {"method": method, "keep": keep, "prompts": len(lens), "prompt_tokens": sum(lens)}
@@ -495,7 +496,7 @@ def table(results, model, examples, heads, difference):
         row["at_floor"] = sum({*r["alive"]} - {n} == {protected_count(n)} for r, n in zip(found, lens)) / len(lens)
         row |= costs(method, model, lens, found, dense, heads)
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
-        if sdtp := results.get((keep, "sdtp")):
+        if sdtp := results.get((keep, ours)):
             row |= zip(("over_sdtp", "over_sdtp_low", "over_sdtp_high"), compare(found, sdtp, difference))
         rows.append(row)
     return rows

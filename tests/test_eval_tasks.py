@@ -788,6 +788,9 @@ def test_sdtp_adaptive(tmp_path):
     assert len(path.read_text().splitlines()) == before
     run("sdtp_adaptive", 0.0, EXAMPLES[:2])  # other thresholds
     assert len(path.read_text().splitlines()) == before + 2
+    adaptive, fixed = perplexity(model, EXAMPLES, ["sdtp_adaptive", "sdtp"], STAGES, ranker)[1:]
+    assert adaptive["over_sdtp"] == 0  # the first of the two is what others are compared with
+    assert fixed["over_sdtp"] == pytest.approx(fixed["ppl"] / adaptive["ppl"] - 1)
     with pytest.raises(ValueError, match="needs heads"):
         perplexity(model, EXAMPLES, ["sdtp_adaptive"], STAGES)
 
