@@ -15,7 +15,7 @@ from data import prompt_text
 from download import DEFAULT
 from kv import compression
 from model import KVCache
-from sdtp import generate, prefill, protected_count
+from sdtp import Schedule, generate, prefill, protected_count
 from tokenizer import Tokenizer
 
 
@@ -27,6 +27,7 @@ class SampleConfig:
     prompt_file: str = ""  # or a file that holds it
     chat: bool = False  # wrap the prompt in the checkpoint's chat template
     keep: float = 0.0  # compute of the paper's stages with that share each (0: the heads' own schedule)
+    adaptive: bool = False  # keep the spans that score above the heads' own threshold, whatever share that is
     dense: bool = False  # no pruning
     kv: str = ""  # compress the KV cache after the prefill: h2o or snapkv
     kv_keep: float = 0.0  # share of the prompt whose keys and values it keeps (0: 0.4, the paper's)
@@ -90,6 +91,8 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
 def main():
     config = cli.parse(SampleConfig, __doc__)
     cli.at_least(1, config, "max_new_tokens")
+    if config.adaptive and config.keep:
+        raise ValueError("--adaptive: the heads have a threshold for their own schedule alone, leave out --keep")
     kv = compression(config)
     text = prompt_text(config)
     model, folder = cli.load_model(config)
@@ -102,6 +105,9 @@ def main():
         rows.append(run(model, tokenizer, ids, config, kv=kv))
     if not config.dense:
         heads, schedule = cli.heads_and_schedule(config, model, config.keep)
+        if config.adaptive:
+            how = {"span": schedule.span, "threshold": schedule.threshold, "adaptive": True}
+            schedule = Schedule(len(model.layers), schedule, **how)
         rows.append(run(model, tokenizer, ids, config, heads, schedule, kv))
     cli.write_rows(config.json, rows, seed=config.seed)
 

@@ -41,8 +41,9 @@ def world(tmp_path_factory):
         model = tiny.randomise(Transformer.from_pretrained(folder / name, torch.float32), seed=seed)
         schedule = Schedule(5, {2: 0.5, 4: 0.3})
         if name == "tiny":
-            few = Schedule(5, {2: 0.2})
+            few, high = Schedule(5, {2: 0.2}), Schedule(5, {2: 0.5}, threshold={2: 1e9})
             save_heads(folder / "heads" / "few", {2: PruneHead(32)}, model, few, ckpt=name)
+            save_heads(folder / "heads" / "high", {2: PruneHead(32)}, model, high, ckpt=name)
         save_heads(folder / "heads" / name, {layer: PruneHead(32) for layer in schedule}, model, schedule, ckpt=name)
     weights = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -108,6 +109,8 @@ MISTAKES = {
     "sample.py --prompt abc --heads heads/cut": "heads/cut",
     "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
     "sample.py --prompt abc --heads heads/tiny --keep 1.5": "is 1.5",
+    "sample.py --prompt abc --adaptive --keep 0.8": "--adaptive: the heads have a threshold for their own schedule",
+    "sample.py --prompt abc --heads heads/few --adaptive": "needs a threshold",
     "sample.py --prompt abc --kv magic": "--kv magic: choose h2o, snapkv",
     "sample.py --prompt abc --kv_keep 0.4": "--kv_keep 0.4: give --kv too",
     "bench.py --lengths 20 --kv h2o --kv_keep 1.5": "--kv_keep 1.5",
@@ -201,6 +204,23 @@ def test_sample_compressed(run, tmp_path):
     assert [pruned["alive"], pruned["held"]] == ["32 32 16 16 10", "16 16 16 16 10"]
     assert pruned["kv_bytes"] == 2 * 2 * 8 * 4 * (4 * 16 + 10 + 5 * 5)
     assert "[sdtp+h2o@0.5] tokens in the KV cache per layer: 16 16 16 16 10" in out.getvalue()
+
+
+def test_sample_adaptive(run, tmp_path):
+    """sample.py --adaptive goes by the heads' threshold, here one that no span reaches; without it by their share."""
+    flags = [
+        "--ckpt",
+        "tiny",
+        "--prompt",
+        "hello there, how are you today?",
+        "--heads",
+        "heads/high",
+        "--max_new_tokens",
+        2,
+    ]
+    for more, alive in (([], "32 32 16 16 16"), (["--adaptive"], "32 32 7 7 7")):
+        assert run("sample.py", *flags, *more, "--json", tmp_path / "r.json")[0] == 0
+        assert json.loads((tmp_path / "r.json").read_text())[0]["alive"] == alive  # 7: the protected ones
 
 
 def test_keep_at_the_floor_says_so(run):
