@@ -62,9 +62,8 @@ PEERS = {  # whole policies, at stages of their own: what ranks
 }
 METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher", "floor")  # the default
 WITH_HEADS = ("sdtp", "sdtp_adaptive")
-ADAPTIVE = tuple(
-    f"{name}_adaptive" for name in ("sdtp", *SCORERS)
-)  # each prompt keeps the spans above a threshold, on average the budget's
+# of these each prompt keeps the spans above a threshold, together as many as the budget allows
+ADAPTIVE = tuple(f"{name}_adaptive" for name in ("sdtp", *SCORERS))
 KNOWN = (*dict.fromkeys((*METHODS, *ADAPTIVE, *SCORERS, *PEERS)),)
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it

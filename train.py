@@ -268,10 +268,10 @@ def level_loss(scores, labels, power=0.5):
     """(log sum_i e^scores_i - log sum_i labels_i^power)^2 over the spans of one prompt.
 
     scores, labels: (S,). list_loss() leaves a prompt's scores a constant free. This asks for the one with which e^score is the
-    label itself, ^power, so that of two prompts' spans the one that more is read of scores higher.
+    label itself, ^power, so that of two prompts' spans the one that more is read of scores higher. 0 where nothing is read.
     """
     wanted = (labels.clamp(min=1e-30).log() * power).logsumexp(-1)
-    return (scores.logsumexp(-1) - wanted) ** 2
+    return (scores.logsumexp(-1) - wanted) ** 2 * labels.any()
 
 
 def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):

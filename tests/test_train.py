@@ -730,6 +730,7 @@ def test_level_loss():
     best = (labels.clamp(min=1e-12) ** 0.5).log().flip(0)
     assert train.level_loss(best, labels).item() == pytest.approx(0, abs=1e-9)
     assert train.level_loss(best + 3, labels).item() == pytest.approx(9)
+    assert train.level_loss(scores, 0 * labels).item() == 0  # and not the square of log(1e-30)
 
 
 def test_imitation_reads_dense_states_of_prompts_alone():
