@@ -6,9 +6,10 @@
     python train.py --paper                        # the paper's stages, heads and losses
     python train.py --init out/heads --lm_weight 1 --distill --noise 0.05 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
 
-Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of
-their tokens likewise, from the dense model's hidden states (L_list). With --paper, or --lm_weight, it then runs the model
-once more with attention masked where the heads would drop a token, so that they learn from what their pruning does too:
+Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of their
+tokens likewise, within a prompt (L_list) and between prompts (L_level), from the dense model's hidden states. With
+--paper, or --lm_weight, it then runs the model once more with attention masked where the heads would drop a token, so
+that they learn from what their pruning does too:
 (paper eq. 8) L = L_lm + L_mse + L_rank, with --distill beside L_lm the KL divergence from the dense model's predictions.
 """
 
