@@ -517,7 +517,7 @@ def begin(config, model, heads, schedule):
     saved = {
         **asdict(config),
         "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "schedule": {str(layer): [share, schedule.threshold.get(layer)] for layer, share in schedule.items()},
+        "schedule": {str(layer): share for layer, share in schedule.items()},
         "span": schedule.span,
         "model": fingerprint(model),
         "pruning": heads_sha256(heads),

@@ -268,7 +268,7 @@ def policy(method, config, schedule, heads, n, keep=0.0):
 def adapted(method, model, stages, heads, prompts):
     """An adaptive method's Schedule: its stages, with the thresholds by which these prompts, lists of ids, together keep their shares.
 
-    So methods are compared at equal compute. The thresholds are the same for all prompts, and no response is looked at.
+    So methods are compared at about equal compute. The thresholds are the same for all prompts, and no response is looked at.
     """
     name = parse(method)[0].removesuffix("_adaptive")
     rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
@@ -435,7 +435,7 @@ def perplexity(model, examples, methods, schedule, heads=None, **settings):
     """One flat row per method and budget: see table(), and evaluate() for the settings.
 
     loss in nats per response token, pooled over all tokens; ppl = exp(loss); ppl_diff = ppl / dense ppl - 1, with
-    its interval low, high; over_sdtp: ppl / sdtp's ppl - 1 likewise.
+    its interval low, high; over_sdtp: ppl / sdtp's ppl - 1 likewise, or sdtp_adaptive's (see table()).
     """
     results = evaluate(perplexity_results, "perplexity", model, examples, methods, schedule, heads, **settings)
     rows = table(results, model, examples, heads, np.expm1)
@@ -492,7 +492,9 @@ def table(results, model, examples, heads, difference):
         dense = results[keep, "dense"]
         row = {"method": method, "keep": keep, "prompts": len(lens), "prompt_tokens": sum(lens)}
         row["value"] = sum(r["value"] for r in found) / sum(r["count"] for r in found)
-        row["at_floor"] = sum({*r["alive"]} - {n} == {protected_count(n)} for r, n in zip(found, lens)) / len(lens)
+        pruned = [layer for r, n in zip(found, lens) for layer, count in enumerate(r["alive"]) if count < n]
+        first = min(pruned, default=0)
+        row["at_floor"] = sum(r["alive"][first] == protected_count(n) for r, n in zip(found, lens)) / len(lens)
         row |= costs(method, model, lens, found, dense, heads)
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
         if sdtp := results.get((keep, ours)):

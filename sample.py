@@ -66,7 +66,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
     held = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
     row = {
-        "method": ("sdtp" if schedule else "dense") + (f"+{kv}" if kv else ""),
+        "method": ("sdtp" + "_adaptive" * schedule.adaptive if schedule else "dense") + (f"+{kv}" if kv else ""),
         "prompt_tokens": len(ids),
         "mean_alive": sum(alive) / len(alive) / len(ids),
         "first_token_s": times[0] - start,
@@ -91,8 +91,10 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
 def main():
     config = cli.parse(SampleConfig, __doc__)
     cli.at_least(1, config, "max_new_tokens")
-    if config.adaptive and config.keep:
-        raise ValueError("--adaptive: the heads have a threshold for their own schedule alone, leave out --keep")
+    if config.adaptive and (config.keep or config.dense):
+        raise ValueError(
+            "--adaptive: the heads have a threshold for their own schedule alone, leave out --keep and --dense"
+        )
     kv = compression(config)
     text = prompt_text(config)
     model, folder = cli.load_model(config)

@@ -545,24 +545,29 @@ CALIBRATION_TOKENS = 2**18  # of the prompts that calibrate() looks at, about
 
 @torch.no_grad()
 def calibrate(model, prompts, scorers, schedule):
-    """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares.
+    """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares,
+    but for the span at the cut, and those that score the same.
 
-    prompts: lists of token ids; where they are many, some, evenly drawn, are packed into one forward. scorers: as in prefill.
-    Stage by stage: each span of any prompt that is not among the highest goes.
+    prompts: lists of token ids, at least one; of more than CALIBRATION_TOKENS every second, third, ... by length. They are
+    packed into one forward. scorers: as in prefill. Stage by stage: each span of any prompt that is not among the highest goes.
     """
-    prompts = prompts[:: -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)]
+    prompts = sorted(prompts, key=len)[:: -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)]
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
     x, positions, threshold = model.embed(ids), model.positions(seqlens), {}
-    for layer, block in enumerate(model.layers[: max(schedule.scored(), default=-1) + 1]):
+    last = max(schedule.scored(), default=-1)
+    for layer, block in enumerate(model.layers[: last + 1]):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block)
             rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))
             means, sizes = map(torch.cat, zip(*(free_spans(*row, schedule.span) for row in rows)))
+            means, sizes = means[means.isfinite()], sizes[means.isfinite()]
             means, order = means.sort(descending=True)
             wanted = sum(alive_count(n, schedule[layer]) - protected_count(n) for n in prompt_lens)
             kept = (sizes[order].cumsum(0) <= wanted).sum().item()
-            threshold[layer] = means[max(kept, 1) - 1].item()
+            threshold[layer] = means[max(kept, 1) - 1].item() if len(means) else 0.0  # where there is nothing to drop
+            if layer == last:
+                break
             shares = [adaptive_share(*row, threshold[layer], schedule.span) for row in rows]
             keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]

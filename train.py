@@ -292,10 +292,11 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             if not len(label):
                 continue
             score = pi_row[:, 0] - pi_row[:, 1]
-            for name, loss in (("list", list_loss), ("level", level_loss)):
-                if getattr(config, f"{name}_weight"):
-                    means = (span_means(values, positions, config.list_span)[0] for values in (score, label))
-                    terms[name].append(loss(*means, config.list_power) * len(logits))
+            means = [span_means(values, positions, config.list_span)[0] for values in (score, label)]
+            if config.list_weight:
+                terms["list"].append(list_loss(*means, config.list_power) * len(logits))
+            if config.level_weight:
+                terms["level"].append(level_loss(*means, config.list_power) * len(logits))
             if config.mse_weight:
                 terms["mse"].append(F.mse_loss(pi_row.softmax(-1)[:, 0], label / label.max().clamp(min=1e-30)))
             if config.rank_weight:

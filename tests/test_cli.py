@@ -110,6 +110,7 @@ MISTAKES = {
     "sample.py --prompt abc --heads heads/none": "heads/none/heads.json does not exist",
     "sample.py --prompt abc --heads heads/tiny --keep 1.5": "is 1.5",
     "sample.py --prompt abc --adaptive --keep 0.8": "--adaptive: the heads have a threshold for their own schedule",
+    "sample.py --prompt abc --adaptive --dense": "leave out --keep and --dense",
     "sample.py --prompt abc --heads heads/few --adaptive": "needs a threshold",
     "sample.py --prompt abc --kv magic": "--kv magic: choose h2o, snapkv",
     "sample.py --prompt abc --kv_keep 0.4": "--kv_keep 0.4: give --kv too",
@@ -218,9 +219,10 @@ def test_sample_adaptive(run, tmp_path):
         "--max_new_tokens",
         2,
     ]
-    for more, alive in (([], "32 32 16 16 16"), (["--adaptive"], "32 32 7 7 7")):
+    for more, method, alive in (([], "sdtp", "32 32 16 16 16"), (["--adaptive"], "sdtp_adaptive", "32 32 7 7 7")):
         assert run("sample.py", *flags, *more, "--json", tmp_path / "r.json")[0] == 0
-        assert json.loads((tmp_path / "r.json").read_text())[0]["alive"] == alive  # 7: the protected ones
+        row = json.loads((tmp_path / "r.json").read_text())[0]
+        assert (row["method"], row["alive"]) == (method, alive)  # 7: the protected ones
 
 
 def test_keep_at_the_floor_says_so(run):

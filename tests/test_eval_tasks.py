@@ -795,6 +795,15 @@ def test_sdtp_adaptive(tmp_path):
         perplexity(model, EXAMPLES, ["sdtp_adaptive"], STAGES)
 
 
+def test_at_floor_is_of_the_first_stage():
+    """A prompt that an adaptive stage leaves whole, and a later floor cuts, is not at the floor from the first stage on."""
+    model, method, results = tiny.build(num_hidden_layers=6), "earliest_adaptive@1@1/5", eval_tasks.perplexity_results
+    found = eval_tasks.evaluate(results, "perplexity", model, EXAMPLES, [method], STAGES, keeps=[0.5])
+    whole = [r["alive"][1] == len(e.prompt) for r, e in zip(found[0.5, method], EXAMPLES)]
+    row = eval_tasks.table(found, model, EXAMPLES, None, lambda difference: difference)[1]
+    assert any(whole) and not all(whole) and row["at_floor"] == 0
+
+
 @pytest.mark.parametrize("method", ["earliest_adaptive@1@2", "most_recent_adaptive@1@2"])
 def test_positional_scorers_adaptive(method):
     """Above a threshold of position are as many of the first tokens in a long prompt as in a short one, or of the last."""

@@ -1006,6 +1006,14 @@ def test_calibrate(span):
     assert torch.equal(prefill(model, prompts[0], heads, found)[0], prefill(model, prompts[0], heads, fixed)[0])
 
 
+def test_calibrate_without_scores():
+    """A threshold is a number even where nothing can be dropped, or where no score is a number."""
+    model = tiny.build(num_hidden_layers=5)
+    for prompt, scorer in ((5, scorers.earliest), (40, lambda x, *_: torch.full((len(x),), math.nan))):
+        found = sdtp.calibrate(model, [tiny.ids(prompt).tolist()], {1: scorer}, Schedule(5, {1: 0.5}))
+        assert found.threshold == {1: 0.0}
+
+
 def test_adaptive_guard(monkeypatch):
     """Adaptive stages too: a selection that drops nothing is an error."""
     model = tiny.build(num_hidden_layers=5)
