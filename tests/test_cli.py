@@ -209,16 +209,8 @@ def test_sample_compressed(run, tmp_path):
 
 def test_sample_adaptive(run, tmp_path):
     """sample.py --adaptive goes by the heads' threshold, here one that no span reaches; without it by their share."""
-    flags = [
-        "--ckpt",
-        "tiny",
-        "--prompt",
-        "hello there, how are you today?",
-        "--heads",
-        "heads/high",
-        "--max_new_tokens",
-        2,
-    ]
+    flags = ["--prompt", "hello there, how are you today?"]
+    flags += "--ckpt tiny --heads heads/high --max_new_tokens 2".split()
     for more, method, alive in (([], "sdtp", "32 32 16 16 16"), (["--adaptive"], "sdtp_adaptive", "32 32 7 7 7")):
         assert run("sample.py", *flags, *more, "--json", tmp_path / "r.json")[0] == 0
         row = json.loads((tmp_path / "r.json").read_text())[0]
