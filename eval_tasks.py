@@ -6,7 +6,8 @@ python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # 
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
 python eval_tasks.py --tasks boolq,piqa --methods dense,sdtp   # tasks of lm-evaluation-harness: see eval_harness.py
 
-All methods of a table execute the same prefill FLOPs at the median prompt. --rows FILE.jsonl keeps what every prompt
+All methods of a table execute the same prefill FLOPs at the median prompt; NAME_adaptive keeps of each prompt the spans
+above a threshold, the same for all of the table, together as many tokens (other prompts, another threshold). --rows FILE.jsonl keeps what every prompt
 gave: a killed run goes on, and a method can be added later to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 %
 of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
 """
@@ -423,6 +424,8 @@ def evaluate(
             how = {"keep": keep, "method": method}
             if name in WITH_HEADS:  # as in their heads.json
                 how |= {"sha256": digest, "span": stages.span, "schedule": dict(stages)}
+            if stages and stages.adaptive:
+                how["threshold"] = stages.threshold
             for key, result in zip(todo, found):
                 results.add({"key": key, **how, **result})
     return {which: [results[key] for key in column] for which, column in keys.items()}
@@ -494,7 +497,7 @@ def table(results, model, examples, heads, difference):
         row["value"] = sum(r["value"] for r in found) / sum(r["count"] for r in found)
         pruned = [layer for r, n in zip(found, lens) for layer, count in enumerate(r["alive"]) if count < n]
         first = min(pruned, default=0)
-        row["at_floor"] = sum(r["alive"][first] == protected_count(n) for r, n in zip(found, lens)) / len(lens)
+        row["at_floor"] = sum(r["alive"][first] == protected_count(n) < n for r, n in zip(found, lens)) / len(lens)
         row |= costs(method, model, lens, found, dense, heads)
         row |= zip(("diff", "low", "high"), compare(found, dense, difference))
         if sdtp := results.get((keep, ours)):

@@ -108,6 +108,10 @@ def main():
     if not config.dense:
         heads, schedule = cli.heads_and_schedule(config, model, config.keep)
         if config.adaptive:
+            if not schedule.threshold:
+                raise ValueError(
+                    "--adaptive: these heads have no threshold; train.py gives them one with --level_weight"
+                )
             how = {"span": schedule.span, "threshold": schedule.threshold, "adaptive": True}
             schedule = Schedule(len(model.layers), schedule, **how)
         rows.append(run(model, tokenizer, ids, config, heads, schedule, kv))

@@ -551,7 +551,9 @@ def calibrate(model, prompts, scorers, schedule):
     prompts: lists of token ids, at least one; of more than CALIBRATION_TOKENS every second, third, ... by length. They are
     packed into one forward. scorers: as in prefill. Stage by stage: each span of any prompt that is not among the highest goes.
     """
-    prompts = sorted(prompts, key=len)[:: -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)]
+    prompts = sorted(prompts, key=len)
+    every = -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)
+    prompts = prompts[min(every // 2, len(prompts) - 1) :: every]
     seqlens = prompt_lens = [len(ids) for ids in prompts]
     ids = torch.tensor([t for prompt in prompts for t in prompt], device=model.device)
     x, positions, threshold = model.embed(ids), model.positions(seqlens), {}

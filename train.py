@@ -4,7 +4,7 @@
     python train.py --ckpt llama2-7b               # Llama 2 7B on Dolly too
     python train.py --data FILE.jsonl --resume     # go on with a run that was stopped
     python train.py --paper                        # the paper's stages, heads and losses
-    python train.py --init out/heads --lm_weight 1 --distill --noise 0.05 --list_weight 0.1 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
+    python train.py --init out/heads --lm_weight 1 --distill --noise 0.05 --list_weight 0.1 --level_weight 0.01 --lr 5e-4 --epochs 1 --out_dir out2   # go on by the pruned loss
 
 Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of their
 tokens likewise, within a prompt (L_list) and between prompts (L_level), from the dense model's hidden states. With
@@ -75,8 +75,8 @@ class TrainConfig:
     noisy_copies: int = 0  # average the labels of so many passes with noise on the embeddings (SmoothGrad)
     # the losses
     list_weight: float = 1.0  # weight of L_list
-    list_span: int = 8  # tokens of a span in L_list: finer than --span teaches more
-    list_power: float = 0.5  # of the labels in L_list: 0 for all alike, 1 for their sum's shares
+    list_span: int = 8  # tokens of a span in L_list and L_level: finer than --span teaches more
+    list_power: float = 0.5  # of the labels in both: in L_list 0 for all alike, 1 for their sum's shares
     level_weight: float = 0.1  # weight of L_level, by which scores of different prompts can be compared (sdtp_adaptive)
     lm_weight: float = 0.0  # weight of L_lm, beside L_rank as a mean over pairs (eq. 8: 1)
     mse_weight: float = 0.0  # weight of L_mse
@@ -125,6 +125,7 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
 }  # fmt: skip
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
 # Flags that may differ between runs whose heads are the same.
+TERMS = "list", "level", "lm", "mse", "rank", "distill"  # of the loss
 NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_methods", "eval_rows"
 
 
@@ -272,7 +273,7 @@ def level_loss(scores, labels, power=0.5):
     label itself, ^power, so that of two prompts' spans the one that more is read of scores higher. 0 where nothing is read.
     """
     wanted = (labels.clamp(min=1e-30).log() * power).logsumexp(-1)
-    return (scores.logsumexp(-1) - wanted) ** 2 * labels.any()
+    return (scores.logsumexp(-1) - wanted) ** 2 * (labels.max() > 1e-30)
 
 
 def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
@@ -522,7 +523,7 @@ def draw_losses(history, path):
     """The loss terms, the top-k overlap and the share alive at the last stage against the step."""
     import matplotlib.pyplot as plt
 
-    names = [n for n in ("loss", "list", "lm", "mse", "rank", "distill", "overlap", "alive") if n in history[-1]]
+    names = [n for n in ("loss", *TERMS, "overlap", "alive") if n in history[-1]]
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.8))
     for axis, name in zip(axes, names):
         axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
@@ -641,9 +642,7 @@ def train(model, heads, examples, schedule, config):
         prompts += sum(map(len, groups[step]))
         seconds = time.perf_counter() - begin
         eta = seconds / (step + 1 - first) * (steps - step - 1)
-        shown = " ".join(
-            f"{name} {record[name]:.3f}" for name in ("list", "level", "lm", "mse", "rank", "distill") if name in record
-        )
+        shown = " ".join(f"{name} {record[name]:.3f}" for name in TERMS if name in record)
         shown += f" | alive {record['alive']:.2f}" if "alive" in record else ""
         print(
             f"step {step + 1}/{steps} | loss {record['loss']:.3f} {shown} | top-k overlap {record['overlap']:.2f}"
@@ -681,7 +680,9 @@ def check_flags(config):
         0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency", "primacy",
     )  # fmt: skip
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
-        raise ValueError("all weights are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight")
+        raise ValueError(
+            "all weights that rank are 0: give one of --list_weight, --lm_weight, --mse_weight, --rank_weight"
+        )
     if config.distill and not config.lm_weight:
         raise ValueError("--distill goes by --lm_weight, which is 0")
     if config.conv and config.conv % 2 == 0:
@@ -782,7 +783,8 @@ def main():
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()
-    schedule = calibrate(model, [e.prompt for e in examples], heads, schedule)
+    if config.level_weight:  # else scores of different prompts cannot be compared
+        schedule = calibrate(model, [e.prompt for e in examples], heads, schedule)
     info = run_info(config) | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
     measure(model, heads, held_out, schedule, history, config)

@@ -1014,6 +1014,20 @@ def test_calibrate_without_scores():
         assert found.threshold == {1: 0.0}
 
 
+def test_calibrate_on_a_sample(monkeypatch):
+    """Of prompts with more tokens than CALIBRATION_TOKENS every k-th by length, of each k the middle one; of one prompt that one."""
+    model, asked = tiny.build(num_hidden_layers=5), []
+
+    def scorer(x, positions, seqlens, block):
+        asked.append(seqlens)
+        return scorers.earliest(x, positions, seqlens, block)
+
+    monkeypatch.setattr(sdtp, "CALIBRATION_TOKENS", 60)
+    for lens in ([50, 20, 40, 30], [61]):  # 140 tokens: every third
+        sdtp.calibrate(model, [tiny.ids(n).tolist() for n in lens], {1: scorer}, Schedule(5, {1: 0.5}))
+    assert asked == [[30], [61]]
+
+
 def test_adaptive_guard(monkeypatch):
     """Adaptive stages too: a selection that drops nothing is an error."""
     model = tiny.build(num_hidden_layers=5)

@@ -867,7 +867,7 @@ def test_what_is_given_wins_over_paper(world, monkeypatch):
         ("--tau 0", "--tau 0.0: a number above 0"),
         ("--noise 0", "--noise 0.0: a number above 0"),
         ("--primacy 100", "--primacy 100.0: at most 20"),
-        ("--list_weight 0", "all weights are 0"),
+        ("--list_weight 0", "all weights that rank are 0"),
         ("--distill", "--distill goes by --lm_weight"),
         ("--teacher x", "--teacher x: choose "),
         ("--epochs 0", "--epochs 0"),
