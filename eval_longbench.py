@@ -37,16 +37,8 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from eval_tasks import (
-    ADAPTIVE,
-    adapted,
-    flops_share,
-    given_scores,
-    needs_heads,
-    parse,
-    policy,
-    run_method,
-    timed_generate,
-)
+    ADAPTIVE, adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate,
+)  # fmt: skip
 from model import read_json
 from sdtp import fingerprint, generate, heads_sha256, write_atomic
 from tokenizer import Tokenizer

@@ -7,9 +7,9 @@ python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a numb
 python eval_tasks.py --tasks boolq,piqa --methods dense,sdtp   # tasks of lm-evaluation-harness: see eval_harness.py
 
 All methods of a table execute the same prefill FLOPs at the median prompt; NAME_adaptive keeps of each prompt the spans
-above a threshold, the same for all of the table, together as many tokens (other prompts, another threshold). --rows FILE.jsonl keeps what every prompt
-gave: a killed run goes on, and a method can be added later to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 %
-of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
+above a threshold, the same for all of the table, together as many tokens (other prompts, another threshold). --rows
+FILE.jsonl keeps what every prompt gave: a killed run goes on, and a method can be added later to the same prompts.
+METHOD+h2o or METHOD+snapkv leaves 40 % of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
 """
 
 import hashlib
@@ -273,8 +273,7 @@ def adapted(method, model, stages, heads, prompts):
     """
     name = parse(method)[0].removesuffix("_adaptive")
     rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
-    found = calibrate(model, prompts, rankers, stages)
-    return Schedule(len(model.layers), stages, span=stages.span, threshold=found.threshold, adaptive=True)
+    return calibrate(model, prompts, rankers, stages).as_adaptive()
 
 
 def given_scores(name, model, batch, layers, teacher, label_loss):

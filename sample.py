@@ -15,7 +15,7 @@ from data import prompt_text
 from download import DEFAULT
 from kv import compression
 from model import KVCache
-from sdtp import Schedule, generate, prefill, protected_count
+from sdtp import generate, prefill, protected_count
 from tokenizer import Tokenizer
 
 
@@ -112,8 +112,7 @@ def main():
                 raise ValueError(
                     "--adaptive: these heads have no threshold; train.py gives them one with --level_weight"
                 )
-            how = {"span": schedule.span, "threshold": schedule.threshold, "adaptive": True}
-            schedule = Schedule(len(model.layers), schedule, **how)
+            schedule = schedule.as_adaptive()
         rows.append(run(model, tokenizer, ids, config, heads, schedule, kv))
     cli.write_rows(config.json, rows, seed=config.seed)
 

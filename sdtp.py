@@ -96,6 +96,10 @@ class Schedule(dict):
                 f"an adaptive schedule needs a threshold, a number, at each of layers {self.scored()}, not {scores}; calibrate() finds it"
             )
 
+    def as_adaptive(self):
+        """The same, adaptive; ValueError without thresholds."""
+        return Schedule(self.num_hidden_layers, self, span=self.span, threshold=self.threshold, adaptive=True)
+
     def scored(self):
         """The layers whose stage needs a scorer."""
         return [layer for layer, share in self.items() if share]
@@ -563,10 +567,10 @@ def calibrate(model, prompts, scorers, schedule):
             scores = scorers[layer](x, positions, seqlens, block)
             rows = list(zip(scores.split(seqlens), positions.split(seqlens), prompt_lens))
             means, sizes = map(torch.cat, zip(*(free_spans(*row, schedule.span) for row in rows)))
-            means, sizes = means[means.isfinite()], sizes[means.isfinite()]
-            means, order = means.sort(descending=True)
+            finite = means.isfinite()
+            means, order = means[finite].sort(descending=True)
             wanted = sum(alive_count(n, schedule[layer]) - protected_count(n) for n in prompt_lens)
-            kept = (sizes[order].cumsum(0) <= wanted).sum().item()
+            kept = (sizes[finite][order].cumsum(0) <= wanted).sum().item()
             threshold[layer] = means[max(kept, 1) - 1].item() if len(means) else 0.0  # where there is nothing to drop
             if layer == last:
                 break

@@ -124,8 +124,8 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
     "list_weight": 0.0, "level_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
-# Flags that may differ between runs whose heads are the same.
 TERMS = "list", "level", "lm", "mse", "rank", "distill"  # of the loss
+# Flags that may differ between runs whose heads are the same.
 NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_methods", "eval_rows"
 
 
@@ -293,7 +293,8 @@ def head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config):
             if not len(label):
                 continue
             score = pi_row[:, 0] - pi_row[:, 1]
-            means = [span_means(values, positions, config.list_span)[0] for values in (score, label)]
+            if config.list_weight or config.level_weight:
+                means = [span_means(values, positions, config.list_span)[0] for values in (score, label)]
             if config.list_weight:
                 terms["list"].append(list_loss(*means, config.list_power) * len(logits))
             if config.level_weight:
@@ -350,8 +351,7 @@ def losses(model, heads, batch, schedule, config):
 
 def weighted(terms, config):
     """The sum of the losses by their weights; distillation goes by L_lm's."""
-    weights = {name: getattr(config, f"{name}_weight") for name in ("list", "level", "lm", "mse", "rank")}
-    weights["distill"] = config.lm_weight
+    weights = {name: getattr(config, f"{'lm' if name == 'distill' else name}_weight") for name in TERMS}
     return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
 
