@@ -536,17 +536,13 @@ def chosen(config):
     return methods, datasets
 
 
-def plans(config, model, prompts, methods, schedule, heads):
+def plans(config, model_config, prompts, methods, schedule, heads):
     """{dataset: {method: Schedule}}: every method at equal executed FLOPs at the set's median prompt. ValueError names one that cannot."""
-    found = {}
-    for dataset, ids in prompts.items():
-        n, found[dataset] = int(statistics.median(map(len, ids))), {}
-        for method in methods:
-            stages = policy(method, model.config, schedule, heads, n, config.keep)
-            if parse(method)[0] in ADAPTIVE:
-                stages = adapted(method, model, stages, heads, ids)
-            found[dataset][method] = stages
-    return found
+    lens = {dataset: int(statistics.median(map(len, ids))) for dataset, ids in prompts.items()}
+    return {
+        dataset: {m: policy(m, model_config, schedule, heads, n, config.keep) for m in methods}
+        for dataset, n in lens.items()
+    }
 
 
 def main():
@@ -567,7 +563,7 @@ def main():
     heads, schedule = cli.heads_and_schedule(config, model, needed=needed)
     check_max_length(config, model, tokenizer, datasets)
     prompts = read_prompts(config, model, tokenizer, rows, rank)
-    plan = plans(config, model, prompts, methods, schedule, heads)
+    plan = plans(config, model.config, prompts, methods, schedule, heads)
     if rank == 0:
         print(f"max_length {config.max_length}, {sum(map(len, rows.values()))} rows of {len(rows)} sets", flush=True)
         begin(config, model, heads, schedule)
@@ -575,6 +571,9 @@ def main():
         dist.barrier()
     generate(model, torch.zeros(256, dtype=torch.long, device=model.device), 2)  # a warm-up
     for d in datasets:
+        for m in methods:
+            if parse(m)[0] in ADAPTIVE:  # by all of the set's prompts, on every process
+                plan[d][m] = adapted(m, model, plan[d][m], heads, prompts[d])
         predict_set(config, model, tokenizer, d, rows[d], prompts[d], plan[d], heads, rank, world)
     if world > 1:
         dist.barrier()

@@ -545,6 +545,18 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None):
 
 
 CALIBRATION_TOKENS = 2**18  # of the prompts that calibrate() looks at, about
+PACK_TOKENS = 2**14  # that it runs a block on at once, about: of a 7B model each block's MLP then takes 1 GB
+
+
+def packs(x, positions, seqlens):
+    """Packed prompts as (x, positions, seqlens) of packs of at most PACK_TOKENS, or of one longer prompt."""
+    groups = [[]]
+    for n in seqlens:
+        if groups[-1] and sum(groups[-1]) + n > PACK_TOKENS:
+            groups.append([])
+        groups[-1].append(n)
+    sizes = list(map(sum, groups))
+    return zip(x.split(sizes), positions.split(sizes), groups)
 
 
 @torch.no_grad()
@@ -552,8 +564,8 @@ def calibrate(model, prompts, scorers, schedule):
     """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares,
     but for the span at the cut, and those that score the same.
 
-    prompts: lists of token ids, at least one; of more than CALIBRATION_TOKENS every second, third, ... by length. They are
-    packed into one forward. scorers: as in prefill. Stage by stage: each span of any prompt that is not among the highest goes.
+    prompts: lists of token ids, at least one; of more than CALIBRATION_TOKENS every second, third, ... by length.
+    scorers: as in prefill. Stage by stage: each span of any prompt that is not among the highest goes.
     """
     prompts = sorted(prompts, key=len)
     every = -(-sum(map(len, prompts)) // CALIBRATION_TOKENS)
@@ -577,7 +589,7 @@ def calibrate(model, prompts, scorers, schedule):
             shares = [adaptive_share(*row, threshold[layer], schedule.span) for row in rows]
             keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
-        x = block(x, positions, seqlens)
+        x = torch.cat([block(*pack) for pack in packs(x, positions, seqlens)])
     return Schedule(len(model.layers), schedule, span=schedule.span, threshold=threshold)
 
 

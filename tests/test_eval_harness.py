@@ -236,7 +236,7 @@ def test_script_goes_on(tmp_path, monkeypatch, capsys):
     model = Transformer.from_pretrained(folder, torch.float32)
     save_heads(tmp_path / "heads", heads(), model, Schedule(5, SCHEDULE))
     write_rows(tmp_path)
-    flags = f"--ckpt {folder} --heads {tmp_path}/heads --tasks boolq,piqa --data_dir {tmp_path} --num_fewshot 2 --limit 5 --methods dense,sdtp --keep 0.9,0.8 --dtype float32 --json {tmp_path}/r.json"
+    flags = f"--ckpt {folder} --heads {tmp_path}/heads --tasks boolq,piqa --data_dir {tmp_path} --num_fewshot 2 --limit 5 --methods dense,sdtp,sdtp_adaptive --keep 0.9,0.8 --dtype float32 --json {tmp_path}/r.json"
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["eval_tasks.py", *flags.split(), *more])
@@ -246,9 +246,9 @@ def test_script_goes_on(tmp_path, monkeypatch, capsys):
         return rows
 
     expected, out = run(), capsys.readouterr().out
-    order = [(t, k, m) for t in ("boolq", "piqa") for k in (0.9, 0.8) for m in ("dense", "sdtp")]
+    order = [(t, k, m) for t in ("boolq", "piqa") for k in (0.9, 0.8) for m in ("dense", "sdtp", "sdtp_adaptive")]
     assert [(r["task"], r["keep"], r["method"]) for r in expected] == order
-    assert "boolq, 2 shots" in out and out.count("not the paper's shots") == 2 and out.count("mean of 2") == 4
+    assert "boolq, 2 shots" in out and out.count("not the paper's shots") == 2 and out.count("mean of 2") == 6
     add, path, added = Results.add, tmp_path / "rows.jsonl", []
 
     def killed(self, result):
@@ -266,7 +266,7 @@ def test_script_goes_on(tmp_path, monkeypatch, capsys):
         file.write('{"key": "torn')
     assert len(before.splitlines()) == 12 and run("--rows", str(path)) == expected
     after, keys = path.read_text(), [json.loads(line)["key"] for line in path.read_text().splitlines()]
-    assert after.startswith(before) and len(set(keys)) == len(keys) == 2 * 5 * 3  # dense is one of both budgets
+    assert after.startswith(before) and len(set(keys)) == len(keys) == 2 * 5 * 5  # dense is one of both budgets
 
 
 @pytest.mark.parametrize(

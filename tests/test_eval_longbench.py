@@ -395,7 +395,7 @@ def test_batches_and_processes(place, whole, tmp_path, monkeypatch):
     path = longbench.predictions_path(config, "most_recent", "trec")
     rows = longbench.read_rows(place, "trec")
     prompts = longbench.read_prompts(config, model, tokenizer, {"trec": rows}, 0)
-    plan = longbench.plans(config, model, prompts, ["most_recent"], schedule, heads)["trec"]
+    plan = longbench.plans(config, model.config, prompts, ["most_recent"], schedule, heads)["trec"]
     prompts = prompts["trec"]
     for rank in (2, 0):
         longbench.predict_set(config, model, tokenizer, "trec", rows, prompts, plan, heads, rank, 3)
@@ -455,6 +455,18 @@ def test_compression(place, whole, tmp_path, monkeypatch):
         assert found[f"pred/sdtp+h2o@1/{d}.jsonl"] == (sdtp := plain[f"pred/sdtp/{d}.jsonl"])
         some = found[f"pred/sdtp+h2o@0.2/{d}.jsonl"]
         assert [r["alive"] for r in some] == [r["alive"] for r in sdtp] and some != sdtp
+
+
+def test_adaptive(place, whole, tmp_path, monkeypatch):
+    """The prompts of a set keep as many tokens together as by their shares, each its own number; in batches as one by one."""
+    for out, flags in (("one", []), ("three", ["--batch_size", "3"])):
+        run(place, monkeypatch, tmp_path / out, "--methods", "sdtp_adaptive", *flags)
+    found, shares = answers(tmp_path / "one"), answers(whole[0])
+    assert answers(tmp_path / "three") == found
+    for d in ("hotpotqa", "trec", "passage_count"):
+        alive = [r["alive"][-1] for r in found[f"pred/sdtp_adaptive/{d}.jsonl"]]
+        asked = [r["alive"][-1] for r in shares[f"pred/sdtp/{d}.jsonl"]]
+        assert alive != asked and abs(sum(alive) - sum(asked)) <= 2
 
 
 def test_longbench_e(place, tmp_path, monkeypatch):

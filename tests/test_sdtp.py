@@ -982,11 +982,12 @@ def peaked_heads(model):
 
 
 @pytest.mark.parametrize("span", [1, 4])
-def test_calibrate(span):
+def test_calibrate(span, monkeypatch):
     """The prompts keep as many tokens together as by the shares, each its own number, packed as single; the kept are whole spans."""
     model, lens = tiny.build(num_hidden_layers=5), [64, 40, 57, 33, 61, 48]
     prompts, heads = [tiny.ids(n, seed) for seed, n in enumerate(lens)], peaked_heads(model)
     fixed = Schedule(5, {1: 0.7, 2: 0.55}, span=span)
+    monkeypatch.setattr(sdtp, "PACK_TOKENS", 100)
     found = sdtp.calibrate(model, [p.tolist() for p in prompts], heads, fixed)
     assert found == fixed and not found.adaptive and found.threshold.keys() == fixed.keys()
     adaptive = Schedule(5, found, span=span, threshold=found.threshold, adaptive=True)
@@ -1004,6 +1005,16 @@ def test_calibrate(span):
         assert (one[0] - logits[i]).abs().max() < 1e-10
         assert [c[0] for c in single.seqlens()] == [c[i] for c in cache.seqlens()]
     assert torch.equal(prefill(model, prompts[0], heads, found)[0], prefill(model, prompts[0], heads, fixed)[0])
+
+
+def test_packs(monkeypatch):
+    """Packs of whole prompts, as full as may be; a longer prompt is one of its own."""
+    monkeypatch.setattr(sdtp, "PACK_TOKENS", 10)
+    for lens, expected in (([4, 6, 1, 12, 3], [[4, 6], [1], [12], [3]]), ([11, 5, 5], [[11], [5, 5]])):
+        rows = torch.arange(sum(lens))
+        x, positions, seqlens = zip(*sdtp.packs(rows[:, None], rows, lens))
+        assert list(seqlens) == expected and [len(part) for part in x] == list(map(sum, expected))
+        assert torch.equal(torch.cat(positions), rows) and torch.equal(torch.cat(x)[:, 0], rows)
 
 
 def test_calibrate_without_scores():
