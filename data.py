@@ -128,7 +128,9 @@ def text_windows(text, tokenizer, prompt_len, score_len):
     return [Example(prefix + ids[s : s + fresh], ids[s + fresh : s + fresh + score_len], True) for s in starts]
 
 
-NEEDLES = (  # (statement, question): to train on, and to measure on, in other words
+# (statement, question) to train on; to measure on, in other words, with the beginning of the answer, as in RULER (Hsieh et
+# al. 2024, arXiv 2404.06654): a small model that has found the number may still chat of something else
+NEEDLES = (
     (
         ("{name} keeps the spare key in box {value}.", "In which box does {name} keep the spare key?"),
         ("The parcel for {name} has the number {value}.", "What is the number of the parcel for {name}?"),
@@ -146,11 +148,24 @@ NEEDLES = (  # (statement, question): to train on, and to measure on, in other w
     (
         (
             "One of the special magic numbers for {name} is: {value}.",
-            "What is the special magic number for {name} mentioned in the text? The special magic number is",
+            "What is the special magic number for {name} mentioned in the text?",
+            "The special magic number for {name} mentioned in the text is",
         ),
-        ("The vault of {name} is unlocked with {value}.", "With what is the vault of {name} unlocked?"),
-        ("A scale showed that {name} weighs {value} grams.", "How many grams does {name} weigh?"),
-        ("{value} visitors came to the museum of {name}.", "How many visitors came to the museum of {name}?"),
+        (
+            "The vault of {name} is unlocked with {value}.",
+            "With what is the vault of {name} unlocked?",
+            "The vault of {name} is unlocked with",
+        ),
+        (
+            "A scale showed that {name} weighs {value} grams.",
+            "How many grams does {name} weigh?",
+            "In grams, {name} weighs",
+        ),
+        (
+            "The museum of {name} was seen by {value} visitors.",
+            "How many visitors saw the museum of {name}?",
+            "The museum of {name} was seen by",
+        ),
     ),
 )
 NAMES = (
@@ -165,11 +180,11 @@ NAMES = (
 )
 
 
-def chat_prompt(text, tokenizer):
-    """Token ids of a user's message, in the chat template where there is one."""
+def chat_prompt(text, tokenizer, answer=""):
+    """Token ids of a user's message, in the chat template where there is one, and of what is given of the answer."""
     if tokenizer.chat_template:
-        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
-    return tokenizer.encode(text + "\n\n")
+        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]) + answer)
+    return tokenizer.encode(text + "\n\n" + answer)
 
 
 def text_parts(text, tokenizer, tokens, count, overlap=False):
@@ -192,15 +207,16 @@ def text_parts(text, tokenizer, tokens, count, overlap=False):
 def needle_examples(text, tokenizer, prompt_len, count, held_out=False, seed=0, overlap=False):
     """Up to `count` Examples of about prompt_len tokens: one statement between two sentences of a text, then a question for it.
 
-    overlap: see text_parts().
+    held_out: other words, and the prompt ends with the beginning of the answer; overlap: see text_parts().
     """
     draw, examples = random.Random(seed), []
     for before, after in text_parts(text, tokenizer, prompt_len - 64, count, overlap):
-        (statement, question), name = draw.choice(NEEDLES[held_out]), draw.choice(NAMES[held_out])
+        (statement, question, *begun), name = draw.choice(NEEDLES[held_out]), draw.choice(NAMES[held_out])
         value = str(2 * draw.randint(5000, 49999) + held_out)  # odd ones are held out
         body = f"{before} {statement.format(name=name, value=value)} {after}\n\n{question.format(name=name)}"
-        response = tokenizer.encode(value, add_special_tokens=False)
-        examples.append(Example(chat_prompt(body, tokenizer), response))
+        answer = "".join(begun).format(name=name)
+        prompt, whole = (chat_prompt(body, tokenizer, text) for text in (answer, f"{answer} {value}".strip()))
+        examples.append(Example(prompt, whole[len(prompt) :]))
     return examples
 
 

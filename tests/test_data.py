@@ -164,8 +164,10 @@ SENTENCES = "".join(f"Number {i} takes {i * 7 + 1}\nof them all. " for i in rang
 def taken_apart(example, words, held_out):
     """(the text around the statement, share of the text before it, name, template) of a needle Example, checked on the way."""
     prompt, value = words.decode(example.prompt), words.decode(example.response)
-    assert re.fullmatch(r"\d{5}", value) and prompt.count(value) == 1 and prompt.endswith("\n\n")
-    text, question = prompt[:-2].rsplit("\n\n", 1)
+    assert value.startswith(" ") == held_out
+    prompt, begun, value = *prompt.rpartition("\n\n")[::2], value.strip()
+    assert re.fullmatch(r"\d{5}", value) and prompt.count(value) == 1
+    text, question = prompt.rsplit("\n\n", 1)
     found = [
         (name, template)
         for name in data.NAMES[held_out]
@@ -173,6 +175,7 @@ def taken_apart(example, words, held_out):
         if template[1].format(name=name) == question
     ]
     ((name, template),) = found
+    assert begun == "".join(template[2:]).format(name=name)
     before, after = text.split(template[0].format(name=name, value=value))
     assert before[-1:] in ("", " ") and after[:1] in ("", " ")
     return before + after.lstrip(), len(before) / len(before + after), name, template
@@ -229,6 +232,7 @@ def test_held_out_needles_are_in_other_words():
     assert not set(data.NAMES[0]) & set(data.NAMES[1])
     for part in range(2):
         assert not {t[part] for t in data.NEEDLES[0]} & {t[part] for t in data.NEEDLES[1]}
+    assert {len(t) for t in data.NEEDLES[0]} == {2} and {len(t) for t in data.NEEDLES[1]} == {3}
 
 
 def test_copies():
@@ -255,8 +259,8 @@ def kind(prompt):
     """What a made prompt asks for."""
     if 'Repeat the sentence of the text that begins with "' in prompt:
         return "copy"
-    questions = [question for part in data.NEEDLES for _, question in part]
-    last = prompt.strip().rsplit("\n\n", 1)[-1]
+    questions = [question for part in data.NEEDLES for _, question, *_ in part]
+    last = prompt.rpartition("\n\n")[0].rsplit("\n\n", 1)[-1]
     asked = any(re.fullmatch(re.escape(q).replace(r"\{name\}", r"[\w-]+"), last) for q in questions)
     return "needle" if asked else "window"
 
