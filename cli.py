@@ -18,7 +18,7 @@ import torch
 
 from download import checkpoint_folder
 from model import Transformer, attention_backend
-from sdtp import Schedule, load_heads, write_atomic
+from sdtp import load_heads, paper_stages, write_atomic
 
 
 def comments(config_class):
@@ -96,6 +96,13 @@ def clock(model):
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def one_of(config, **choices):
+    """ValueError for a flag that has none of its choices."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
 
 
 def at_least(minimum, config, *names):
@@ -190,11 +197,8 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def heads_and_schedule(config, model, keep=0.0, needed=True):
-    """(heads or None, Schedule) of a script's --heads; keep: the compute of the paper's stages with that share, 0 for the heads' own."""
-    heads, schedule = None, Schedule(len(model.layers))
-    if config.heads or needed:
-        heads, schedule, _ = load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)
-    if keep:
-        schedule = schedule.with_ratio(keep)
-    return heads, schedule
+def heads_and_schedule(config, model, needed=True):
+    """(heads, Schedule) of a script's --heads; (None, the paper's) without one where none are needed."""
+    if not config.heads and not needed:
+        return None, paper_stages(len(model.layers))
+    return load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)[:2]

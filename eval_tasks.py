@@ -167,8 +167,8 @@ def needle_results(tokenizer, model, examples, rankers=None, schedule=None, kv=N
 def parse(method):
     """(name, span or None, layers of its stages, if any) of NAME, NAME@SPAN, NAME@SPAN@LAYER or NAME@SPAN@LAYER/FLOOR, each with or without +KV.
 
-    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive, or a later one where that
-    alone would cost less than the budget (Schedule.fitted).
+    ValueError for any other. FLOOR: the layer from which on the protected tokens alone are alive; where that alone would cost less
+    than the budget, it begins at a later one (Schedule.fitted).
     """
     match = re.fullmatch(r"(\w+)(?:@([1-9]\d*)(?:@(\d+)(?:/(\d+))?)?)?", method.partition("+")[0])
     name, span, *stages = match.groups() if match else (None, None)
@@ -203,9 +203,8 @@ def filter_depth(config):
 
 def filtering_flops(name, config, n):
     """Executed FLOPs of a method's pass over a prompt of n tokens before the prefill proper."""
-    if name == "gemfilter":
-        return sum(executed_flops(config, n, [n] * filter_depth(config), logit_rows=0))
-    return sum(executed_flops(config, n, [n] * config.num_hidden_layers, logit_rows=n)) * (name == "self_information")
+    depth = {"gemfilter": filter_depth(config), "self_information": config.num_hidden_layers}.get(name, 0)
+    return sum(executed_flops(config, n, [n] * depth, logit_rows=n * (name == "self_information")))
 
 
 def flops_share(method, config, lens, alive, heads=None):
@@ -294,7 +293,7 @@ def gemfilter_scores(model, ids, seqlens):
     x, positions, depth = model.embed(ids), model.positions(seqlens), filter_depth(model.config)
     for block in model.layers[:depth]:
         x = block(x, positions, seqlens)
-    return scorers.last_query()(x, positions, seqlens, model.layers[depth])
+    return scorers.last_query(x, positions, seqlens, model.layers[depth])
 
 
 def gemfilter(example, scores, stages):
@@ -331,7 +330,10 @@ class Results(dict):
     def __init__(self, path=""):
         super().__init__()
         self.path = path
-        if not path or not Path(path).exists():
+        if not path:
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(path).exists():
             return
         *lines, torn = Path(path).read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
@@ -588,33 +590,33 @@ def prompts(config, tokenizer):
         windows = data.text_windows(data.read_text(config.text), tokenizer, config.prompt_len, config.score_len)
         count = min(config.limit, len(windows))
         return {0: [windows[i * len(windows) // count] for i in range(count)]}
-    return {0: load(config.data, config, tokenizer)[1][: config.limit]}
+    _, held_out = data.load(
+        config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
+    )
+    return {0: held_out[: config.limit]}
 
 
-def load(source, config, tokenizer):
-    return data.load(source, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt)
-
-
-def check_flags(config):
-    """Whether the tasks are lm-eval's; ValueError for a flag out of its range, or flags that do not go together."""
+def check_flags(config, harness):
+    """ValueError for a flag out of its range, or flags that do not go together; harness: the tasks are lm-eval's."""
+    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=("response", "all"))
     cli.at_least(0, config, "limit")
     cli.at_least(-1, config, "num_fewshot")
     cli.at_least(1, config, "prompt_len", "score_len", "batch_size")
     if config.figure and config.tasks != "ppl":
         raise ValueError(f"--figure draws perplexities: leave it out with --tasks {config.tasks}")
-    if config.tasks not in ("ppl", "needle"):
-        return True
-    if config.data_dir or config.num_fewshot > 0:
+    if harness:
+        return
+    if config.data_dir or config.num_fewshot >= 0:
         more = f"leave them out with --tasks {config.tasks}"
         raise ValueError(f"--data_dir and --num_fewshot are for tasks of lm-eval: {more}")
     if config.tasks == "needle" and config.data or bool(config.text) == bool(config.data):
         raise ValueError("give --text FILE" + " or --data SOURCE" * (config.tasks == "ppl"))
-    return False
 
 
 def main():
     config = cli.parse(EvalConfig, __doc__)
-    harness, methods = check_flags(config), config.methods.split(",")
+    harness, methods = config.tasks not in ("ppl", "needle"), config.methods.split(",")
+    check_flags(config, harness)
     keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1) if config.keep else [0.0]
     needed = needs_heads(methods)  # refuses an unknown method before anything is loaded
     if harness:

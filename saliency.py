@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cli
 from download import DEFAULT
 from model import attend, attention_weights, visible
 
@@ -38,10 +39,10 @@ def label(model, ids, layers, teacher=TEACHER, seqlens=None, prompt_lens=None, c
 
     grad_x_input       |sum_d dT/dx_d * x_d|       paper eq. 3, with the absolute value
     grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
-    response_attention mean over the layers of READING, from that layer on, of what the response reads of a token: the
-                       scored rows' attention to it times its value's norm, the largest head's (Kobayashi et al. 2020:
-                       tokens that get attention for want of another have small values). Behind READING, that layer's
-                       alone. A loss has no gradient where copying goes well. No backward pass.
+    response_attention how much the response reads of a token: the scored rows' attention to it times its value's norm,
+                       the largest head's, mean over the layers of READING from that layer on (a layer behind READING:
+                       its own alone). Value norms: Kobayashi et al. 2020; tokens attended to for want of another have
+                       small ones. No backward pass, and no gradient, which would vanish where copying goes well.
     attention_entropy  1 - mean over heads of H_i / log(visible tokens of i), H_i the entropy of token
                        i's attention at that layer: a token that looks somewhere in particular matters.
                        A token that sees only itself has entropy 0. Needs no loss.
@@ -197,9 +198,9 @@ class SaliencyConfig:
     json: str = ""  # file for the share of salient tokens per layer
 
 
-def sparsity(labels, threshold=0.1):
-    """Share of tokens whose saliency exceeds threshold x the layer's maximum (paper figure 2), per layer."""
-    return [(s > threshold * s.max()).float().mean().item() for s in labels.values()]
+def sparsity(labels):
+    """Share of tokens whose saliency exceeds 10 % of the layer's maximum (paper figure 2), per layer."""
+    return [(s > 0.1 * s.max()).float().mean().item() for s in labels.values()]
 
 
 def draw_heat_map(labels, texts, path, width=48):
@@ -222,24 +223,21 @@ def draw_heat_map(labels, texts, path, width=48):
         axis.set_yticks([0.5 + i for i in range(0, len(labels), 4)], list(labels)[::4], fontsize=7)
         axis.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="square root of saliency / layer's maximum", shrink=0.5)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
-def draw_sparsity(labels, path, threshold=0.1):
+def draw_sparsity(labels, path):
     """Paper figure 2: the share of salient tokens against depth."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.plot(list(labels), sparsity(labels, threshold), marker=".")
-    axis.set(xlabel="layer", ylabel=f"share of tokens above {threshold:.0%} of the maximum", ylim=(0, None))
+    axis.plot(list(labels), sparsity(labels), marker=".")
+    axis.set(xlabel="layer", ylabel="share of tokens above 10 % of the maximum", ylim=(0, None))
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    cli.save_figure(figure, path)
 
 
 def main():
-    import cli
     from data import prompt_text
     from tokenizer import Tokenizer
 
@@ -252,7 +250,6 @@ def main():
         raise ValueError(f"nothing to label: {len(ids)} tokens, at least two are needed")
     labels = label(model, torch.tensor(ids, device=config.device), range(len(model.layers)), config.teacher)
     out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     draw_heat_map(labels, tokenizer.token_texts(ids), out / "heat_map.png")
     draw_sparsity(labels, out / "sparsity.png")
     rows = [{"layer": layer, "share": share} for layer, share in zip(labels, sparsity(labels))]
@@ -263,6 +260,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main)

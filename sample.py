@@ -57,7 +57,7 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
 
     start = time.perf_counter()
     generate(
-        model, torch.tensor(ids, device=config.device), config.max_new_tokens, heads, schedule, cache=cache, kv=kv,
+        model, ids, config.max_new_tokens, heads, schedule, cache=cache, kv=kv,
         on_token=stream, temperature=config.temperature, top_p=config.top_p, eos_token_ids=tokenizer.eos_token_ids,
         generator=torch.Generator(config.device).manual_seed(config.seed),
     )  # fmt: skip
@@ -101,12 +101,14 @@ def main():
     tokenizer = Tokenizer(folder)
     if config.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    ids, rows = tokenizer.encode(text), []
-    prefill(model, torch.tensor(ids[:64], device=config.device))  # warm-up: the first call is slow whatever it does
+    ids, rows = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=config.device), []
+    prefill(model, ids[:64])  # warm-up: the first call is slow whatever it does
     if config.dense or config.compare:
         rows.append(run(model, tokenizer, ids, config, kv=kv))
     if not config.dense:
-        heads, schedule = cli.heads_and_schedule(config, model, config.keep)
+        heads, schedule = cli.heads_and_schedule(config, model)
+        if config.keep:
+            schedule = schedule.with_ratio(config.keep)
         if config.adaptive:
             if not schedule.threshold:
                 raise ValueError(

@@ -12,13 +12,10 @@ from model import attention_weights
 
 
 def random(*generators):
-    """Independent uniform scores, drawn anew at every stage; generators: none, or one for each prompt."""
-
-    def scorer(x, positions, seqlens, block):
-        parts = zip(generators, seqlens, strict=True) if generators else [(None, len(x))]
-        return torch.cat([torch.rand(n, generator=generator) for generator, n in parts]).to(x.device)
-
-    return scorer
+    """Independent uniform scores, drawn anew at every stage; generators: one for each prompt."""
+    return lambda x, positions, seqlens, block: torch.cat(
+        [torch.rand(n, generator=generator) for generator, n in zip(generators, seqlens, strict=True)]
+    ).to(x.device)
 
 
 def most_recent(x, positions, seqlens, block):
@@ -79,18 +76,14 @@ def accumulated_attention(x, positions, seqlens, block, rows=64):
     return torch.cat([accumulated(q, k, p, block.self_attn.window, rows).sum(0) for q, k, p in parts])
 
 
-def last_query(layer_scores_pool=5):
-    """GemFilter's score (Shi et al. 2024): the last token's query times the keys, summed over heads, mean over 5 neighbours."""
-
-    def scorer(x, positions, seqlens, block):
-        q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
-        out = []
-        for q, k in zip(q.split(seqlens), k.split(seqlens)):
-            dots = torch.einsum("hgd,khd->k", q[-1].unflatten(0, (k.shape[1], -1)).float(), k.float())
-            out.append(F.avg_pool1d(dots[None], layer_scores_pool, stride=1, padding=layer_scores_pool // 2)[0])
-        return torch.cat(out)
-
-    return scorer
+def last_query(x, positions, seqlens, block, pool=5):
+    """GemFilter's score (Shi et al. 2024): the last token's query times the keys, summed over heads, mean over `pool` neighbours."""
+    q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
+    out = []
+    for q, k in zip(q.split(seqlens), k.split(seqlens)):
+        dots = torch.einsum("hgd,khd->k", q[-1].unflatten(0, (k.shape[1], -1)).float(), k.float())
+        out.append(F.avg_pool1d(dots[None], pool, stride=1, padding=pool // 2)[0])
+    return torch.cat(out)
 
 
 @torch.no_grad()

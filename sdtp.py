@@ -115,10 +115,10 @@ class Schedule(dict):
     def fitted(self, cost, budget):
         """A Schedule of these stages and span that costs `budget`, as nearly as counts of tokens allow: all shares raised to one power.
 
-        cost: function of a Schedule that falls with its shares, in shares of a dense prefill. A share of 0 stays 0; where
-        that alone would cost less than the budget, it begins at the first later layer where it does not, or is left out. A
-        budget above all tokens' cost gives shares of 1; ValueError where no power is as cheap: below the first stage
-        everything is alive.
+        cost: function of a Schedule, in units of a dense prefill, that falls as shares fall. A stage with share 0 keeps it;
+        if it alone makes the schedule cheaper than the budget, it moves to the first later layer where it does not, or is
+        left out. A budget above dense's cost gives shares of 1. ValueError for one out of reach: all tokens are alive below
+        the first stage.
         """
 
         def powered(power):
@@ -203,9 +203,9 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: protected tokens, then the highest scores; ties go to the later token.
 
     scores: (T,) float32; positions: (T,); share: of each prompt, or a list with one for each; seqlens: rows alive
-    per sequence; prompt_lens: prompt tokens per sequence, dropped ones included; span: whole spans of so many tokens are
-    kept, by the mean score of what of them may be dropped, but for the last one, of which the later tokens fill the
-    count. Returns ((K,) ascending row indices, rows kept per sequence).
+    per sequence; prompt_lens: prompt tokens per sequence, dropped ones included; span: tokens are ranked by
+    groups of so many neighbours, by the mean score of a group's unprotected tokens. Whole groups are kept, best first; of
+    the last one only as many tokens as the count allows, the later ones. Returns ((K,) ascending row indices, rows kept per sequence).
     """
     keep, kept, start = [], [], 0
     shares = share if isinstance(share, list) else [share] * len(seqlens)
@@ -561,8 +561,8 @@ def packs(x, positions, seqlens):
 
 @torch.no_grad()
 def calibrate(model, prompts, scorers, schedule):
-    """The Schedule with the thresholds by which, used adaptively, these prompts keep as many tokens together as by its shares,
-    but for the span at the cut, and those that score the same.
+    """The Schedule with one threshold per scored stage: keeping all spans that score at least that leaves these prompts,
+    taken together, as many tokens as the shares would, within a span at the cut and those that score the same.
 
     prompts: lists of token ids, at least one; of more than CALIBRATION_TOKENS every second, third, ... by length.
     scorers: as in prefill. Stage by stage: each span of any prompt that is not among the highest goes.

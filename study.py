@@ -30,7 +30,7 @@ import saliency
 import scorers
 from download import DEFAULT
 from model import read_json
-from sdtp import Schedule, alive_count, executed_flops, load_heads, write_atomic
+from sdtp import Schedule, alive_count, executed_flops, fingerprint, heads_sha256, load_heads, write_atomic
 from tokenizer import Tokenizer
 from train import PAPER, TrainConfig
 
@@ -227,6 +227,8 @@ def run_variants(name, config):
         row |= zip(("over_first", "over_first_low", "over_first_high"), eval_tasks.compare(results, first, np.expm1))
         rows.append(row)
         write(name, rows, config)
+    if not rows:
+        raise ValueError(f"--limit {config.limit} leaves out every variant of {name}")
     print(table(rows))
     draw(rows, f"{name}, {rows[0]['eval_prompts']} held-out prompts", Path(config.results) / f"{name}.png")
 
@@ -292,7 +294,8 @@ def measure(model, examples, schedules, config, heads, path):
     """[[nats of each example's response] under each schedule, None: dense]; what is at `path` is not run again."""
     spans = [s and Schedule(len(model.layers), s, span=config.span) for s in schedules]
     layers = sorted({layer for s in spans if s for layer in s})
-    how = [config.ckpt, config.scorer, config.heads, config.span, spans, saliency.TEACHER, str(model.norm.weight.dtype)]
+    how = [fingerprint(model), config.scorer, heads_sha256(heads), config.span, spans, saliency.TEACHER]
+    how += [str(model.norm.weight.dtype)]
     keys = [
         hashlib.sha256(json.dumps([saliency.LABELS, *how, example[:2]]).encode()).hexdigest() for example in examples
     ]

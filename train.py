@@ -111,7 +111,6 @@ class TrainConfig:
     eval_rows: str = ""  # .jsonl file of every prompt's results, as --rows of eval_tasks.py: shared, dense runs once
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
-    json: str = ""  # one more file for the table's rows (always in out_dir/eval.json)
 
 
 # {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
@@ -126,7 +125,7 @@ PAPER = {  # the flags that --paper sets: the paper's method, in the form in whi
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
 TERMS = "list", "level", "lm", "mse", "rank", "distill"  # of the loss
 # Flags that may differ between runs whose heads are the same.
-NOT_THE_RUN = "out_dir", "resume", "json", "label_cache", "eval_methods", "eval_rows"
+NOT_THE_RUN = "out_dir", "resume", "label_cache", "eval_methods", "eval_rows"
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -158,7 +157,7 @@ def masked_sdpa(q, k, v, positions, alive, window=None):
     return out.to(v.dtype).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def hold_share(score, alive, counts, index, rounds=40):
+def hold_share(score, alive, counts, index):
     """The shifts b (P,) of packed prompts' scores with sum_i alive_i sigmoid(score_i - b) = the prompt's count, by bisection.
 
     score, alive: (n,) of the tokens that may be dropped, index: (n,) the prompt of each; counts: (P,) how many of them
@@ -171,7 +170,7 @@ def hold_share(score, alive, counts, index, rounds=40):
         return values.new_zeros(len(counts)).index_add(0, index, values)
 
     low, high = ((edge + far).expand(len(counts)) for edge, far in ((s.amin(), -20), (s.amax(), 20)))
-    for _ in range(rounds):
+    for _ in range(40):
         middle = (low + high) / 2
         above = sums(alive * torch.sigmoid(s - middle[index])) > counts
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
@@ -192,7 +191,9 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau=1.0, span=1, no
     prompt = torch.arange(len(sizes), device=free.device).repeat_interleave(sizes)[rows]
     starts = (sizes.cumsum(0) - sizes)[prompt]
     score = (pi[rows, 0] - pi[rows, 1]) / noise
-    score, index = span_means(score, rows + (span - 1) * starts, span)  # places at which no span is of two prompts
+    score, index = span_means(
+        score, rows + (span - 1) * starts, span
+    )  # position + span * the prompt's start: no span is of two prompts
     if share is not None:
         counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
         shift = hold_share(score[index], alive[rows], counts, prompt)
@@ -269,8 +270,9 @@ def list_loss(scores, labels, power=0.5):
 def level_loss(scores, labels, power=0.5):
     """(log sum_i e^scores_i - log sum_i labels_i^power)^2 over the spans of one prompt.
 
-    scores, labels: (S,). list_loss() leaves a prompt's scores a constant free. This asks for the one with which e^score is the
-    label itself, ^power, so that of two prompts' spans the one that more is read of scores higher. 0 where nothing is read.
+    scores, labels: (S,). list_loss() does not change when a constant is added to all scores of a prompt. This fixes the constant:
+    the sum of e^score over the prompt's spans should be that of labels^power, so that a span that is read more scores higher
+    than one that is read less, even in another prompt. 0 where nothing is read.
     """
     wanted = (labels.clamp(min=1e-30).log() * power).logsumexp(-1)
     return (scores.logsumexp(-1) - wanted) ** 2 * (labels.max() > 1e-30)
@@ -322,15 +324,22 @@ def recompute(model, config):
 def losses(model, heads, batch, schedule, config):
     """All losses of a packed batch: {name: scalar tensor}, and the share of droppable tokens alive per stage."""
     ids, seqlens, prompt_lens, labels, states = batch
-    positions = model.positions(seqlens)
+    positions, terms, alive = model.positions(seqlens), {}, {}
     free = torch.cat([~is_protected(p, n) for p, n in zip(positions.split(seqlens), prompt_lens)])
-    if not config.lm_weight:  # heads read the dense states
+    if config.lm_weight:
+        terms, alive, logits = pruned_losses(model, heads, ids, seqlens, prompt_lens, free, schedule, config)
+    else:  # heads read the dense states
         logits = {
             layer: prompt_logits(head, states[layer], seqlens, prompt_lens, model.layers[layer])
             for layer, head in heads.items()
         }
-        terms = head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
-        return {"loss": weighted(terms, config), **terms}, {}
+    terms |= head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
+    return {"loss": weighted(terms, config), **terms}, alive
+
+
+def pruned_losses(model, heads, ids, seqlens, prompt_lens, free, schedule, config):
+    """({"lm": L_lm, "distill": KL(dense || pruned), with --distill}, share of droppable tokens alive per stage, head logits)
+    of the masked forward; both losses are means over the response's tokens."""
     held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
     x, logits, masks = masked_forward(
         model, heads, ids, seqlens, prompt_lens, free, held, recompute(model, config),
@@ -339,14 +348,12 @@ def losses(model, heads, batch, schedule, config):
     rows = saliency.scored_rows(seqlens, prompt_lens)
     log_probs = model.logits(x[rows]).float().log_softmax(-1)
     terms = {"lm": F.nll_loss(log_probs, ids[rows + 1])}
-    terms |= head_losses(logits, labels, free, seqlens, prompt_lens, schedule, config)
-    if config.distill:  # KL(dense || pruned), mean over the rows
+    if config.distill:
         with torch.no_grad():
             _, dense = saliency.hidden_states(model, ids, (), seqlens)
             target = model.logits(dense[rows]).float().log_softmax(-1)
         terms["distill"] = F.kl_div(log_probs, target, log_target=True, reduction="batchmean")
-    alive = {layer: mask[free].mean().item() for layer, mask in masks.items()}
-    return {"loss": weighted(terms, config), **terms}, alive
+    return terms, {layer: mask[free].mean().item() for layer, mask in masks.items()}, logits
 
 
 def weighted(terms, config):
@@ -374,21 +381,14 @@ def make_batches(examples, config):
     return batches
 
 
-def mark(model, examples, layers, config):
-    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,)}, {layer: dense states (T, hidden_size)}) by the teacher."""
+def pack(model, examples, layers, config):
+    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,), tilted()}, {layer: dense states (T, hidden_size)}) of a batch."""
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
     ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
     starts = prompt_lens if config.label_loss == "response" else None
-    marked = saliency.mark(
-        model, ids, layers, config.teacher, seqlens, starts, recompute(model, config), config.noisy_copies
-    )
-    return ids, seqlens, prompt_lens, *marked
-
-
-def pack(model, examples, layers, config):
-    """mark() of a list of examples, tilted(); through --label_cache, if there is one."""
-    marked = marked_once if config.label_cache else mark
-    ids, seqlens, prompt_lens, labels, states = marked(model, examples, list(layers), config)
+    how = config.teacher, seqlens, starts, recompute(model, config), config.noisy_copies
+    mark = partial(saliency.mark, model, ids, list(layers), *how)
+    labels, states = marked_once(mark, model, examples, list(layers), config) if config.label_cache else mark()
     return ids, seqlens, prompt_lens, tilted(labels, examples, config.recency, config.primacy), states
 
 
@@ -408,15 +408,15 @@ def tilted(labels, examples, recency, primacy):
     return {layer: label * torch.cat(tilts).to(label) for layer, label in labels.items()}
 
 
-def marked_once(model, examples, layers, config):
-    """mark() through --label_cache: what is in it costs no pass."""
+def marked_once(mark, model, examples, layers, config):
+    """mark()'s labels and states of a batch through --label_cache: what is in it costs no pass."""
     run = [saliency.LABELS, fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
     run += [layers, *[config.noisy_copies] * bool(config.noisy_copies)]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):  # then whole: a resumed run packs, and rounds, as an unbroken one
-        _, seqlens, _, *marked = mark(model, examples, layers, config)
-        parts = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in marked]  # per prompt, its stages
+        sizes = [len(e.prompt) + len(e.response) for e in examples]
+        parts = [torch.stack(list(m.values())).cpu().split(sizes, 1) for m in mark()]  # per prompt, its stages
         for path, labels, states in zip(paths, *parts):
             if not path.is_file():
                 tensors = {"labels": labels.contiguous(), "states": states.contiguous()}
@@ -427,10 +427,8 @@ def marked_once(model, examples, layers, config):
         raise ValueError(
             f"--label_cache {config.label_cache}: a file in it is damaged ({error}); delete the folder"
         ) from None
-    ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
-    stages = (torch.cat([f[name] for f in files], 1).to(ids.device) for name in ("labels", "states"))
-    seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
-    return ids, seqlens, prompt_lens, *(dict(zip(layers, s)) for s in stages)
+    stages = (torch.cat([f[name] for f in files], 1).to(model.device) for name in ("labels", "states"))
+    return [dict(zip(layers, s)) for s in stages]
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -665,15 +663,8 @@ def peak_memory(device):
 
 def check_flags(config):
     """ValueError for a flag out of its range."""
-    choices = {
-        "teacher": saliency.TEACHERS,
-        "label_loss": ("response", "all"),
-        "rank_reduction": ("mean", "sum"),
-        "checkpoint_blocks": ("auto", "on", "off"),
-    }
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
+    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=("response", "all"))
+    cli.one_of(config, rank_reduction=("mean", "sum"), checkpoint_blocks=("auto", "on", "off"))
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(
@@ -725,7 +716,7 @@ def prompts(config, tokenizer, model):
         config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
     )
     examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
-    held_out = held_out[: config.eval_prompts]
+    held_out = list({str(e): e for e in held_out}.values())[: config.eval_prompts]  # each once
     if not examples or not held_out:
         raise ValueError(
             f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt"
@@ -749,8 +740,7 @@ def measure(model, heads, held_out, schedule, history, config):
     methods = config.eval_methods.split(",")
     rows = perplexity(model, held_out, methods, schedule, heads, rows=config.eval_rows, **settings)
     print_table(rows)
-    for path in (config.json, out / "eval.json"):
-        cli.write_rows(path, rows, source=config.data, seed=config.seed)
+    cli.write_rows(out / "eval.json", rows, source=config.data, seed=config.seed)
     print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
 
 

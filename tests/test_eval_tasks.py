@@ -608,7 +608,7 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
     models = {"one": tiny.build(torch.float32), "bfloat16": tiny.build(torch.bfloat16)}
     models["other"] = tiny.build(torch.float32, rms_norm_eps=1e-5)
     models["other"].layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    rankers, path = {"one": heads(), "other": heads()}, tmp_path / "rows.jsonl"
+    rankers, path = {"one": heads(), "other": heads()}, tmp_path / "new" / "rows.jsonl"
     rankers["other"][2].fc1.bias.data += 0.1
 
     def run(model="one", heads="one", schedule=SCHEDULE, **settings):
@@ -712,6 +712,8 @@ def test_script_needles(tmp_path, monkeypatch, capsys):
     [
         ("", "give --text FILE or --data SOURCE"),
         ("--text t.txt --limit -1", "--limit -1: at least 0"),
+        ("--text t.txt --label_loss respons", "--label_loss respons: choose response, all"),
+        ("--text t.txt --num_fewshot 0", "--num_fewshot are for tasks of lm-eval"),
         ("--tasks needle --data dolly", "give --text FILE"),
         ("--tasks needle --text t.txt --lengths 10,x", "--lengths 10,x"),
         ("--tasks needle --text t.txt --lengths 400", "beyond the model's 64 positions"),

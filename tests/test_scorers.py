@@ -113,7 +113,7 @@ def test_last_query(fields, neighbours):
     """The last token's query times each key, summed over heads; mean over the neighbours, absent ones counting 0 as in GemFilter's code."""
     block = tiny.build(**fields).layers[1]
     positions, x = some_alive()
-    got = scorers.last_query(neighbours)(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block).split([7, 5])
+    got = scorers.last_query(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block, neighbours).split([7, 5])
     for rows, p, scores in zip(x, positions, got):
         q, k, _ = block.self_attn.qkv(block.input_layernorm(rows), torch.tensor(p))
         dots = [sum(float(q[-1, h] @ k[j, h // 2]) for h in range(4)) for j in range(len(p))]

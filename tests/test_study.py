@@ -17,11 +17,15 @@ import torch
 
 import cli
 import study
-from sdtp import Schedule
-from study import allocate, arguments, collect, flops_of, one_stage, table
+from data import Example
+from sdtp import PruneHead, Schedule
+from study import StudyConfig, allocate, arguments, collect, flops_of, one_stage, table
 
 FLAGS = "--first_layer 1 --step 1 --prompt_len 30 --score_len 8 --batch_tokens 80 --checkpoint_every 10 --epochs 4"
-TWO = {"two": {"a": {"seed": 1}, "b, longer": {"seed": 1, "epochs": 8, "norm": False}, "left out": {"max_prompts": 50}}}
+TWO = {
+    "two": {"a": {"seed": 1}, "b, longer": {"seed": 1, "epochs": 8, "norm": False}, "left out": {"max_prompts": 50}},
+    "big": {"a": {"max_prompts": 50}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,11 @@ def test_a_variant_that_fails(world, monkeypatch):
     for limit in ("20", "10"):
         with pytest.raises(SystemExit, match="variant 'a' failed with status 1, see .*log: train.py: no such flag"):
             run(monkeypatch, world, "two", "--limit", limit, "--out_dir", str(world / "failed"))
+
+
+def test_no_variant_is_left(world, monkeypatch):
+    with pytest.raises(SystemExit, match="--limit 20 leaves out every variant of big"):
+        run(monkeypatch, world, "big", "--limit", "20")
 
 
 def test_collect_and_table(tmp_path):
@@ -223,6 +232,21 @@ def test_one_stage_costs_the_same():
         count = single.alive(500)[1]
         assert flops <= flops_of(single, 500, model) < flops + 4 * study.block_flops(model, 1) * 3
         assert single.alive(500)[0] == 500 and count == single.alive(500)[4]
+
+
+def test_measured_once(tmp_path):
+    """What is kept of a prompt is for these heads' weights, whatever their folder is called."""
+    model, config = tiny.build(), StudyConfig(scorer="sdtp", span=1)
+    heads, examples = {1: PruneHead(model.config.hidden_size)}, [Example(tiny.ids(40).tolist(), [5, 6, 7])]
+
+    def nats():
+        ((value,),) = study.measure(model, examples, [{1: 0.4}], config, heads, tmp_path / "nats.json")
+        return value, len(json.loads((tmp_path / "nats.json").read_text()))
+
+    first = nats()
+    assert nats() == first and first[1] == 1
+    heads[1].fc1.weight.data.neg_()
+    assert nats()[1] == 2
 
 
 def test_schedule(world, monkeypatch, capsys):
