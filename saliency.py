@@ -68,21 +68,27 @@ def mark(
         copies = [mark(model, ids, layers, *how, noise=noise)[0] for _ in range(noisy_copies)]
         with torch.no_grad():
             states, _ = hidden_states(model, ids, layers, seqlens)
-        states = {layer: x.detach() for layer, x in states.items()}
-        return {layer: torch.stack([c[layer] for c in copies]).mean(0) for layer in states}, states
-    if teacher == "attention_entropy":
-        return entropy_labels(model, ids, layers, seqlens, noise)
-    if teacher == "response_attention":
-        return response_labels(model, ids, layers, seqlens, prompt_lens, noise)
+        labels = {layer: torch.stack([c[layer] for c in copies]).mean(0) for layer in states}
+    elif teacher == "attention_entropy":
+        labels, states = entropy_labels(model, ids, layers, seqlens, noise)
+    elif teacher == "response_attention":
+        labels, states = response_labels(model, ids, layers, seqlens, prompt_lens, noise)
+    else:
+        labels, states = gradient_labels(model, ids, layers, teacher, seqlens, prompt_lens, checkpoint_blocks, noise)
+    return labels, {layer: x.detach() for layer, x in states.items()}
+
+
+def gradient_labels(model, ids, layers, teacher, seqlens, prompt_lens=None, checkpoint_blocks=False, noise=None):
+    """grad_x_input and grad_norm of mark(), ({layer: (T,)}, {layer: (T, hidden_size)}); prompt_lens None: of all next tokens."""
     with torch.enable_grad():
         states, last = hidden_states(model, ids, layers, seqlens, checkpoint_blocks, noise)
         rows = scored_rows(seqlens, [1] * len(seqlens) if prompt_lens is None else prompt_lens)
         loss = F.cross_entropy(model.logits(last[rows]).float(), ids[rows + 1], reduction="sum")
         gradients = torch.autograd.grad(loss, list(states.values()))
     wide = torch.float64 if last.dtype == torch.float64 else torch.float32
-    labels, states = {}, {layer: x.detach() for layer, x in states.items()}
+    labels = {}
     for (layer, x), gradient in zip(states.items(), gradients):
-        x, gradient = x.to(wide), gradient.to(wide)
+        x, gradient = x.detach().to(wide), gradient.to(wide)
         labels[layer] = gradient.norm(dim=-1) if teacher == "grad_norm" else (gradient * x).sum(-1).abs()
     return labels, states
 
@@ -161,7 +167,7 @@ def response_labels(model, ids, layers, seqlens, prompt_lens=None, noise=None, b
 
     states, _ = hidden_states(model, ids, layers, seqlens, noise=noise, attend=gather, depth=depth)
     labels = {layer: torch.stack(received[max(layer, first) : max(layer + 1, end)]).mean(0) for layer in states}
-    return labels, {layer: x.detach() for layer, x in states.items()}
+    return labels, states
 
 
 @torch.no_grad()
@@ -179,7 +185,7 @@ def entropy_labels(model, ids, layers, seqlens, noise=None, block=256):
                 entropy = torch.special.entr(weights).sum(-1).mean(0) / seen.clamp(min=2).log()
                 parts.append((1 - entropy).clamp(min=0))  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
-    return labels, {layer: x.detach() for layer, x in states.items()}
+    return labels, states
 
 
 # ---------------------------------------------------------------------------- figures 1 and 2

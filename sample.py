@@ -62,26 +62,32 @@ def run(model, tokenizer, ids, config, heads=None, schedule=None, kv=None):
         generator=torch.Generator(config.device).manual_seed(config.seed),
     )  # fmt: skip
     print(tokenizer.decode(new)[len(shown) :], end="")
+    return report(len(ids), len(new), [t - start for t in times], cache, schedule, kv)
+
+
+def report(n, new_tokens, times, cache, schedule, kv):
+    """Print and return what a prompt of n tokens cost; times: seconds until each new token."""
     alive = [lengths[0] for lengths in cache.alive]
-    held = [lengths[0] - (len(new) - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
+    held = [lengths[0] - (new_tokens - 1) for lengths in cache.seqlens()]  # the last new token is in no cache
     seconds = times[-1] - times[0]
+    name = ("sdtp" + "_adaptive" * schedule.adaptive if schedule else "dense") + (f"+{kv}" if kv else "")
     row = {
-        "method": ("sdtp" + "_adaptive" * schedule.adaptive if schedule else "dense") + (f"+{kv}" if kv else ""),
-        "prompt_tokens": len(ids),
-        "mean_alive": sum(alive) / len(alive) / len(ids),
-        "first_token_s": times[0] - start,
-        "tokens_per_s": (len(new) - 1) / seconds if seconds else 0.0,
+        "method": name,
+        "prompt_tokens": n,
+        "mean_alive": sum(alive) / len(alive) / n,
+        "first_token_s": times[0],
+        "tokens_per_s": (new_tokens - 1) / seconds if seconds else 0.0,
         "kv_bytes": cache.nbytes(),
     }
-    floor = schedule and alive[min(schedule)] == protected_count(len(ids))
+    floor = schedule and alive[min(schedule)] == protected_count(n)
     print(
-        f"\n\n[{row['method']}] tokens alive per layer: {' '.join(map(str, alive))}"
+        f"\n\n[{name}] tokens alive per layer: {' '.join(map(str, alive))}"
         + " (the floor: protected tokens only)" * bool(floor)
     )
     if kv:
-        print(f"[{row['method']}] tokens in the KV cache per layer: {' '.join(map(str, held))}")
+        print(f"[{name}] tokens in the KV cache per layer: {' '.join(map(str, held))}")
     print(
-        f"[{row['method']}] mean alive {row['mean_alive']:.1%} of {len(ids)} | first token {row['first_token_s'] * 1000:.0f} ms"
+        f"[{name}] mean alive {row['mean_alive']:.1%} of {n} | first token {row['first_token_s'] * 1000:.0f} ms"
         f" | {row['tokens_per_s']:.1f} tokens/s | KV {row['kv_bytes'] / 2**20:.2f} MiB\n",
         flush=True,
     )
