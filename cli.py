@@ -99,7 +99,7 @@ def clock(model):
 
 
 def one_of(config, **choices):
-    """ValueError for a flag that has none of its choices."""
+    """ValueError for a flag whose value is not among its choices."""
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(known)}")
@@ -198,7 +198,7 @@ def save_figure(figure, path):
 
 
 def heads_and_schedule(config, model, needed=True):
-    """(heads, Schedule) of a script's --heads; (None, the paper's) without one where none are needed."""
+    """(heads, Schedule) of a script's --heads (default: heads/CKPT); (None, the paper's) where none are given nor needed."""
     if not config.heads and not needed:
         return None, paper_stages(len(model.layers))
     return load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)[:2]

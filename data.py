@@ -215,8 +215,10 @@ def needle_examples(text, tokenizer, prompt_len, count, held_out=False, seed=0, 
         value = str(2 * draw.randint(5000, 49999) + held_out)  # odd ones are held out
         body = f"{before} {statement.format(name=name, value=value)} {after}\n\n{question.format(name=name)}"
         answer = "".join(begun).format(name=name)
-        prompt, whole = (chat_prompt(body, tokenizer, text) for text in (answer, f"{answer} {value}".strip()))
-        examples.append(Example(prompt, whole[len(prompt) :]))
+        prompt, response = chat_prompt(body, tokenizer, answer), tokenizer.encode(value, add_special_tokens=False)
+        if begun:  # the tokens that go on with it
+            response = chat_prompt(body, tokenizer, f"{answer} {value}")[len(prompt) :]
+        examples.append(Example(prompt, response))
     return examples
 
 
@@ -237,7 +239,8 @@ def made_examples(text, tokenizer, prompt_len, score_len, held_out=False, count=
     """Needle, copy and window Examples of a text, one of each in turn, of prompt_len and of twice as many tokens.
 
     count: of needles and of copies at most, half of either length; windows: half as many short ones and twice as many
-    long ones, from which what plain text reads of long ago is learnt. Those held out: in other words, with other answers.
+    long ones, from which what plain text reads of long ago is learnt. Those held out: in other words, with other answers,
+    which the prompts of needles begin.
     """
     examples = []
     for length, most in ((prompt_len, count // 2), (2 * prompt_len, 2 * count)):

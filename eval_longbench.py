@@ -537,7 +537,10 @@ def chosen(config):
 
 
 def plans(config, model_config, prompts, methods, schedule, heads):
-    """{dataset: {method: Schedule}}: every method at equal executed FLOPs at the set's median prompt. ValueError names one that cannot."""
+    """{dataset: {method: Schedule}}: every method at equal executed FLOPs at the set's median prompt. ValueError names one that cannot.
+
+    Adaptive ones are without thresholds yet.
+    """
     lens = {dataset: int(statistics.median(map(len, ids))) for dataset, ids in prompts.items()}
     return {
         dataset: {m: policy(m, model_config, schedule, heads, n, config.keep) for m in methods}
@@ -573,7 +576,7 @@ def main():
     for d in datasets:
         for m in methods:
             if parse(m)[0] in ADAPTIVE:  # by all of the set's prompts, on every process
-                plan[d][m] = adapted(m, model, plan[d][m], heads, prompts[d])
+                plan[d][m] = adapted(m, model, plan[d][m], heads, [ids.tolist() for ids in prompts[d]])
         predict_set(config, model, tokenizer, d, rows[d], prompts[d], plan[d], heads, rank, world)
     if world > 1:
         dist.barrier()

@@ -598,7 +598,7 @@ def prompts(config, tokenizer):
 
 def check_flags(config, harness):
     """ValueError for a flag out of its range, or flags that do not go together; harness: the tasks are lm-eval's."""
-    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=("response", "all"))
+    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=saliency.LABEL_LOSSES)
     cli.at_least(0, config, "limit")
     cli.at_least(-1, config, "num_fewshot")
     cli.at_least(1, config, "prompt_len", "score_len", "batch_size")

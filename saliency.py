@@ -16,6 +16,7 @@ from download import DEFAULT
 from model import attend, attention_weights, visible
 
 TEACHERS = ("grad_x_input", "grad_norm", "response_attention", "attention_entropy")
+LABEL_LOSSES = "response", "all"
 TEACHER, LABEL_LOSS = "response_attention", "response"  # the default of train.py and eval_tasks.py
 LABELS = 3  # to be raised when what a teacher gives changes: in the keys of all that is cached
 

@@ -205,7 +205,9 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     scores: (T,) float32; positions: (T,); share: of each prompt, or a list with one for each; seqlens: rows alive
     per sequence; prompt_lens: prompt tokens per sequence, dropped ones included; span: tokens are ranked by
     groups of so many neighbours, by the mean score of a group's unprotected tokens. Whole groups are kept, best first; of
-    the last one only as many tokens as the count allows, the later ones. Returns ((K,) ascending row indices, rows kept per sequence).
+    the last one only as many tokens as the count allows, the later ones.
+
+    Returns ((K,) ascending row indices, rows kept per sequence).
     """
     keep, kept, start = [], [], 0
     shares = share if isinstance(share, list) else [share] * len(seqlens)
@@ -545,7 +547,9 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None):
 
 
 CALIBRATION_TOKENS = 2**18  # of the prompts that calibrate() looks at, about
-PACK_TOKENS = 2**14  # that it runs a block on at once, about: of a 7B model each block's MLP then takes 1 GB
+PACK_TOKENS = (
+    2**14
+)  # that it runs a block on at once, about: a 7B model's MLP then takes 1 GB (scorers see all prompts at once)
 
 
 def packs(x, positions, seqlens):

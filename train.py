@@ -191,9 +191,8 @@ def stage_mask(pi, alive, free, seqlens, prompt_lens, share, tau=1.0, span=1, no
     prompt = torch.arange(len(sizes), device=free.device).repeat_interleave(sizes)[rows]
     starts = (sizes.cumsum(0) - sizes)[prompt]
     score = (pi[rows, 0] - pi[rows, 1]) / noise
-    score, index = span_means(
-        score, rows + (span - 1) * starts, span
-    )  # position + span * the prompt's start: no span is of two prompts
+    places = rows + (span - 1) * starts  # position + span * the prompt's start: no span is of two prompts
+    score, index = span_means(score, places, span)
     if share is not None:
         counts = torch.tensor([alive_count(n, share) - protected_count(n) for n in prompt_lens], device=free.device)
         shift = hold_share(score[index], alive[rows], counts, prompt)
@@ -382,13 +381,15 @@ def make_batches(examples, config):
 
 
 def pack(model, examples, layers, config):
-    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,), tilted()}, {layer: dense states (T, hidden_size)}) of a batch."""
+    """(ids (T,), seqlens, prompt_lens, {layer: labels (T,), tilted()}, {layer: dense states (T, hidden_size)}) of a batch, through
+    --label_cache, if there is one."""
+    layers = list(layers)
     seqlens, prompt_lens = [len(e.prompt) + len(e.response) for e in examples], [len(e.prompt) for e in examples]
     ids = torch.tensor([t for e in examples for t in e.prompt + e.response], device=model.device)
     starts = prompt_lens if config.label_loss == "response" else None
     how = config.teacher, seqlens, starts, recompute(model, config), config.noisy_copies
-    mark = partial(saliency.mark, model, ids, list(layers), *how)
-    labels, states = marked_once(mark, model, examples, list(layers), config) if config.label_cache else mark()
+    mark = partial(saliency.mark, model, ids, layers, *how)
+    labels, states = marked_once(mark, model, examples, layers, config) if config.label_cache else mark()
     return ids, seqlens, prompt_lens, tilted(labels, examples, config.recency, config.primacy), states
 
 
@@ -409,7 +410,7 @@ def tilted(labels, examples, recency, primacy):
 
 
 def marked_once(mark, model, examples, layers, config):
-    """mark()'s labels and states of a batch through --label_cache: what is in it costs no pass."""
+    """What mark() gives of a batch, ({layer: labels}, {layer: states}), from --label_cache, or called for and kept there."""
     run = [saliency.LABELS, fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
     run += [layers, *[config.noisy_copies] * bool(config.noisy_copies)]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
@@ -663,7 +664,7 @@ def peak_memory(device):
 
 def check_flags(config):
     """ValueError for a flag out of its range."""
-    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=("response", "all"))
+    cli.one_of(config, teacher=saliency.TEACHERS, label_loss=saliency.LABEL_LOSSES)
     cli.one_of(config, rank_reduction=("mean", "sum"), checkpoint_blocks=("auto", "on", "off"))
     cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
@@ -716,7 +717,7 @@ def prompts(config, tokenizer, model):
         config.data, tokenizer, config.prompt_len, config.score_len, config.min_prompt, config.max_prompt
     )
     examples = [e for e in examples if protected_count(len(e.prompt)) < len(e.prompt)][: config.max_prompts or None]
-    held_out = list({str(e): e for e in held_out}.values())[: config.eval_prompts]  # each once
+    held_out = list({json.dumps(e): e for e in held_out}.values())[: config.eval_prompts]  # each once
     if not examples or not held_out:
         raise ValueError(
             f"--data {config.data}: {len(examples)} training and {len(held_out)} held-out prompts; lower --prompt_len or --min_prompt"

@@ -197,6 +197,20 @@ def test_needles(held_out):
         assert sum(fifth / 5 <= depth <= (fifth + 1) / 5 for depth in depths) >= 4
 
 
+class Begun(Words):
+    """As sentencepiece: a text's first token is another one than within a text."""
+
+    def encode(self, text, add_special_tokens=True):
+        return super().encode("_" + text)
+
+
+def test_needles_answers():
+    """To train on, the answer is a text of its own, as a row's response is; else the tokens that go on with its beginning."""
+    for held_out, answer in ((False, r"_\d{5}"), (True, r" \d{5}")):
+        for example in data.needle_examples(SENTENCES, words := Begun(), 400, 8, held_out):
+            assert re.fullmatch(answer, words.decode(example.response))
+
+
 def test_needles_between_sentences():
     """The statement follows the end of a sentence, and the starts of the pieces are spread over the whole text."""
     words = Words()

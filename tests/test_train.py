@@ -947,6 +947,14 @@ def test_paper_schedule(depth):
     assert schedule == {layer: pytest.approx(0.9 ** (s + 1)) for s, layer in enumerate(layers)} and schedule.span == 1
 
 
+def test_held_out_prompts_are_different_ones(monkeypatch):
+    """A prompt that two sources give is measured once; trained on as often as it is given."""
+    one, other, third = (train.data.Example(tiny.ids(40, seed).tolist(), [5]) for seed in range(3))
+    monkeypatch.setattr(train.data, "load", lambda *_: ([one, one], [one, other, one, third]))
+    found = train.prompts(TrainConfig(eval_prompts=2), None, tiny.build())
+    assert found == ([one, one], [one, other])
+
+
 def test_given_shares():
     """--shares is the schedule as written, whatever the flags of stages; a malformed one is named."""
     config = TrainConfig(shares="10:0.5,4:0.7", span=3, ratio=0.1)
