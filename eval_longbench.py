@@ -37,7 +37,7 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from eval_tasks import (
-    ADAPTIVE, adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate,
+    adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate,
 )  # fmt: skip
 from model import read_json
 from sdtp import fingerprint, generate, heads_sha256, write_atomic
@@ -574,10 +574,9 @@ def main():
         dist.barrier()
     generate(model, torch.zeros(256, dtype=torch.long, device=model.device), 2)  # a warm-up
     for d in datasets:
-        for m in methods:
-            if parse(m)[0] in ADAPTIVE:  # by all of the set's prompts, on every process
-                plan[d][m] = adapted(m, model, plan[d][m], heads, [ids.tolist() for ids in prompts[d]])
-        predict_set(config, model, tokenizer, d, rows[d], prompts[d], plan[d], heads, rank, world)
+        every = [ids.tolist() for ids in prompts[d]]  # all of the set's prompts, on each process
+        stages = {m: adapted(m, model, s, heads, every) for m, s in plan[d].items()}
+        predict_set(config, model, tokenizer, d, rows[d], prompts[d], stages, heads, rank, world)
     if world > 1:
         dist.barrier()
     if rank == 0:

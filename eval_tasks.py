@@ -266,11 +266,14 @@ def policy(method, config, schedule, heads, n, keep=0.0):
 
 
 def adapted(method, model, stages, heads, prompts):
-    """An adaptive method's Schedule: its stages, with the thresholds by which these prompts, lists of ids, together keep their shares.
+    """A method's Schedule: its stages, of an adaptive one with the thresholds by which these prompts, lists of ids, together keep their shares.
 
     So methods are compared at about equal compute. The thresholds are the same for all prompts, and no response is looked at.
     """
-    name = parse(method)[0].removesuffix("_adaptive")
+    name = parse(method)[0]
+    if name not in ADAPTIVE:
+        return stages
+    name = name.removesuffix("_adaptive")
     rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
     return calibrate(model, prompts, rankers, stages).as_adaptive()
 
@@ -401,8 +404,7 @@ def evaluate(
     """
     plan = policies(model.config, examples, methods, schedule, heads, keeps)
     for (keep, method), stages in plan.items():
-        if parse(method)[0] in ADAPTIVE:
-            plan[keep, method] = adapted(method, model, stages, heads, [e.prompt for e in examples])
+        plan[keep, method] = adapted(method, model, stages, heads, [e.prompt for e in examples])
     digest = heads_sha256(heads)
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
     layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})

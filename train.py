@@ -389,7 +389,7 @@ def pack(model, examples, layers, config):
     starts = prompt_lens if config.label_loss == "response" else None
     how = config.teacher, seqlens, starts, recompute(model, config), config.noisy_copies
     mark = partial(saliency.mark, model, ids, layers, *how)
-    labels, states = marked_once(mark, model, examples, layers, config) if config.label_cache else mark()
+    labels, states = marked_once(mark, model, examples, seqlens, layers, config) if config.label_cache else mark()
     return ids, seqlens, prompt_lens, tilted(labels, examples, config.recency, config.primacy), states
 
 
@@ -409,15 +409,14 @@ def tilted(labels, examples, recency, primacy):
     return {layer: label * torch.cat(tilts).to(label) for layer, label in labels.items()}
 
 
-def marked_once(mark, model, examples, layers, config):
+def marked_once(mark, model, examples, seqlens, layers, config):
     """What mark() gives of a batch, ({layer: labels}, {layer: states}), from --label_cache, or called for and kept there."""
     run = [saliency.LABELS, fingerprint(model), str(model.norm.weight.dtype), config.teacher, config.label_loss]
     run += [layers, *[config.noisy_copies] * bool(config.noisy_copies)]
     keys = [json.dumps([*run, e.prompt, e.response]) for e in examples]
     paths = [Path(config.label_cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" for key in keys]
     if not all(path.is_file() for path in paths):  # then whole: a resumed run packs, and rounds, as an unbroken one
-        sizes = [len(e.prompt) + len(e.response) for e in examples]
-        parts = [torch.stack(list(m.values())).cpu().split(sizes, 1) for m in mark()]  # per prompt, its stages
+        parts = [torch.stack(list(m.values())).cpu().split(seqlens, 1) for m in mark()]  # per prompt, its stages
         for path, labels, states in zip(paths, *parts):
             if not path.is_file():
                 tensors = {"labels": labels.contiguous(), "states": states.contiguous()}
