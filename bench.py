@@ -35,7 +35,7 @@ from data import Example, read_text
 from download import DEFAULT
 from kv import compression
 from model import Config, RoPE, Transformer, auto_dtype
-from sdtp import PruneHead, Schedule, executed_flops, fingerprint, generate, prefill
+from sdtp import PruneHead, Schedule, executed_flops, fingerprint, generate, held_counts, prefill
 from tokenizer import Tokenizer
 
 
@@ -308,9 +308,10 @@ def start_peers(where, model, folder, positions, text_ids):
     return peers
 
 
-def requests(peers, ids, schedules):
+def requests(peers, ids, schedules, heads):
     """{(method, keep): Peer.ask(new_tokens=...)}; kvpress once for each sdtp, to keep as many keys and values as that."""
-    ratios = {keep: 1 - statistics.mean(s.alive(len(ids))) / len(ids) for keep, s in schedules.items()}
+    n = len(ids)
+    ratios = {keep: 1 - statistics.mean(held_counts(s.alive(n), n, heads)) / n for keep, s in schedules.items()}
     asked = {}
     for name, peer in peers.items():
         for keep in ratios if name == "kvpress" else [None]:
@@ -369,11 +370,13 @@ def work(model, ids, heads=None, schedule=None, kv=None):
     A Compression's scores count as attention, and the bytes are those that it leaves.
     """
     cache = prefill(model, ids, heads, schedule)[1]
-    positions = [layer.rows()[2] for layer in cache.layers]
+    alive, held = [counts[0] for counts in cache.alive], [layer.rows()[2] for layer in cache.layers]
+    positions = [
+        p if len(p) == count else count for p, count in zip(held, alive)
+    ]  # a LateKV's layers hold more than is alive
     linear, attention, head = executed_flops(model.config, len(ids), positions, heads)
-    alive = [len(p) for p in positions]
     if kv:
-        attention += kv.flops(model.config, alive, len(ids))
+        attention += kv.flops(model.config, alive, len(ids), [len(p) for p in held])
         cache = prefill(model, ids, heads, schedule, kv=kv)[1]
     return {
         "linear_flops": linear + head,
@@ -395,8 +398,11 @@ def heads_seconds(model, ids, heads, schedule):
         ticks.append(-clock(model))
         return head(*args)
 
-    ended = [model.layers[layer].register_forward_pre_hook(lambda *_: ticks.append(clock(model))) for layer in heads]
-    prefill(model, ids, {layer: partial(started, head) for layer, head in heads.items()}, schedule)
+    timed_heads = {layer: partial(started, heads[layer]) for layer in schedule.scored()}
+    ended = [
+        model.layers[layer].register_forward_pre_hook(lambda *_: ticks.append(clock(model))) for layer in timed_heads
+    ]
+    prefill(model, ids, heads | timed_heads, schedule)
     for hook in ended:
         hook.remove()
     return sum(ticks)
@@ -415,7 +421,7 @@ def measure(model, ids, heads, schedules, reference, new_tokens, repeats, peers=
     run = {key: partial(generate, model, ids, scorers=h, schedule=s, kv=c) for key, (h, s, c) in stages.items()}
     if reference:
         run["transformers", None] = partial(transformers_generate, reference, ids)
-    asked = requests(peers or {}, ids, schedules)
+    asked = requests(peers or {}, ids, schedules, heads)
     seconds, dense, rows = timed(model, run, new_tokens, repeats, asked), work(model, ids), []
     for (method, keep), call in run.items():
         row = {"length": len(ids), "method": method, "keep": keep, **dense, "heads_share": 0.0}

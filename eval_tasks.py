@@ -39,8 +39,8 @@ from download import DEFAULT
 from kv import Compression
 from model import KVCache
 from sdtp import (
-    Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_sha256, paper_stages,
-    prefill, protected_count, select,
+    Schedule, alive_count, calibrate, executed_flops, fingerprint, generate, heads_sha256, held_counts, late_kv,
+    paper_stages, prefill, protected_count, select,
 )  # fmt: skip
 from tokenizer import Tokenizer
 
@@ -65,7 +65,12 @@ METHODS = ("dense", "sdtp", "random", "most_recent", "last_attention", "teacher"
 WITH_HEADS = ("sdtp", "sdtp_adaptive")
 # of these each prompt keeps the spans above a threshold, together as many as the budget allows
 ADAPTIVE = tuple(f"{name}_adaptive" for name in ("sdtp", *SCORERS))
-KNOWN = (*dict.fromkeys((*METHODS, *ADAPTIVE, *SCORERS, *PEERS)),)
+# rankings by whose stages the heads' LateKV takes what goes no further, as it does sdtp's
+LATE = tuple(f"{name}_late" for name in ("teacher", "random", *SCORERS))
+KNOWN = (*dict.fromkeys((*METHODS, *ADAPTIVE, *LATE, *SCORERS, *PEERS)),)
+FLOOR = (
+    5 / 6
+)  # of the layers: from there on scorers, which have no LateKV, leave the protected tokens alone (results/LOG.md, session 6)
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it
 
@@ -176,7 +181,7 @@ def parse(method):
     if name not in KNOWN or layers != sorted({*layers}):
         forms = "NAME@16 for spans of 16 tokens, NAME@16@2 for one stage, at layer 2, NAME@16@2/25 for the floor from 25 on too"
         raise ValueError(f"unknown method {method!r} (known: {', '.join(KNOWN)}; {forms})")
-    if span and name == "dense" or layers and name in (*WITH_HEADS, "floor", *PEERS):
+    if span and name == "dense" or layers and name in (*WITH_HEADS, *LATE, "floor", *PEERS):
         raise ValueError(f"method {method!r}: {name} has " + ("no stages" if name == "dense" else "stages of its own"))
     if compressed(method) and name == "gemfilter":
         raise ValueError(
@@ -207,24 +212,37 @@ def filtering_flops(name, config, n):
     return sum(executed_flops(config, n, [n] * depth, logit_rows=n * (name == "self_information")))
 
 
+def ranking(name):
+    """What a method ranks by: its name without _adaptive or _late."""
+    return name.removesuffix("_adaptive").removesuffix("_late")
+
+
+def own_heads(name, heads):
+    """Of the heads, those that a method runs: all, the LateKV alone, or None."""
+    late = name in LATE and late_kv(heads)
+    return heads if name in WITH_HEADS else {late.layer: late} if late else None
+
+
 def flops_share(method, config, lens, alive, heads=None):
     """Executed FLOPs of a method's prefills of prompts of `lens` tokens over dense's: sdtp's heads and a filtering pass count.
 
-    alive: tokens per layer, of each prompt. KV compression's scores count; what training-free scorers compute does not,
-    which is generous to them.
+    alive: tokens per layer, of each prompt. A LateKV and KV compression's scores count; what training-free scorers compute
+    does not, which is generous to them.
     """
     name, kv, total, dense = parse(method)[0], compressed(method), 0, 0
+    heads = own_heads(name, heads)
     for n, counts in zip(lens, alive):
-        total += sum(executed_flops(config, n, counts, heads if name in WITH_HEADS else None))
-        total += filtering_flops(name, config, n) + (kv.flops(config, counts, n) if kv else 0)
+        total += sum(executed_flops(config, n, counts, heads)) + filtering_flops(name, config, n)
+        total += kv.flops(config, counts, n, held_counts(counts, n, heads)) if kv else 0
         dense += sum(executed_flops(config, n, [n] * config.num_hidden_layers))
     return total / dense
 
 
-def kv_bytes(method, model, lens, alive):
+def kv_bytes(method, model, lens, alive, heads=None):
     """Bytes of keys and values that a prompt leaves, mean over prompts; the arguments of flops_share()."""
-    config, kv = model.config, compressed(method)
-    held = [kv.held(counts, n) for counts, n in zip(alive, lens)] if kv else alive  # as prefill has checked
+    config, kv, heads = model.config, compressed(method), own_heads(parse(method)[0], heads)
+    held = [held_counts(counts, n, heads) for counts, n in zip(alive, lens)]  # as prefill has checked
+    held = [kv.held(counts, n) for counts, n in zip(held, lens)] if kv else held
     token = 2 * config.num_key_value_heads * config.head_dim * model.norm.weight.dtype.itemsize  # of one layer
     return token * sum(map(sum, held)) / len(lens)
 
@@ -232,7 +250,8 @@ def kv_bytes(method, model, lens, alive):
 def policy(method, config, schedule, heads, n, keep=0.0):
     """A method's Schedule, None for dense: its stages, with the shares at which a prompt of n tokens costs the budget.
 
-    schedule, heads: sdtp's; training-free scorers have its stages, or one of their own, and its span, peers spans of 1.
+    schedule, heads: sdtp's; training-free scorers have its stages (the last at FLOOR where sdtp has a LateKV), or one of their
+    own, and its span, peers spans of 1.
     keep: the budget is the paper's stages' with that share; at 0 it is what sdtp costs.
     self_information, whose filtering pass alone costs more than dense, has the budget beside it; KV compression, which
     comes after a prefill, has what it scores by beside it too.
@@ -248,8 +267,10 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         "self_information": {0: 0.5},
         "floor": {min(schedule): 0.0},
     }
-    shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, schedule)
-    stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span))
+    late, floor = schedule.late and name in (*WITH_HEADS, *LATE), round(FLOOR * layers)
+    dropping = {layer if share else max(floor, layer): share for layer, share in schedule.items()}
+    shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, dropping if schedule.late and not late else schedule)
+    stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span), late=late)
     if name == "floor":
         return stages
 
@@ -273,7 +294,7 @@ def adapted(method, model, stages, heads, prompts):
     name = parse(method)[0]
     if name not in ADAPTIVE:
         return stages
-    name = name.removesuffix("_adaptive")
+    name = ranking(name)
     rankers = heads if name == "sdtp" else dict.fromkeys(stages, SCORERS[name])
     return calibrate(model, prompts, rankers, stages).as_adaptive()
 
@@ -308,17 +329,18 @@ def gemfilter(example, scores, stages):
 
 def run_method(run, method, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
-    name, kv = parse(method)[0].removesuffix("_adaptive"), compressed(method)
-    run = partial(run, kv=kv) if kv else run
+    name, kv = parse(method)[0], compressed(method)
+    run, late = partial(run, kv=kv) if kv else run, own_heads(name, heads) if name in LATE else {}
+    name = ranking(name)
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
     if name in WITH_HEADS:
         return run(model, examples, heads, stages)
     if given:
-        return run(model, examples, {layer: scorers.from_labels(given[layer]) for layer in stages}, stages)
+        return run(model, examples, {layer: scorers.from_labels(given[layer]) for layer in stages} | late, stages)
     draws = scorers.random(*(torch.Generator().manual_seed(int(key[:15], 16)) for key in keys))
     ranked = SCORERS | PEERS | {"floor": scorers.most_recent, "random": draws}
-    return run(model, examples, dict.fromkeys(stages or (), ranked.get(name)), stages)
+    return run(model, examples, dict.fromkeys(stages or (), ranked.get(name)) | late, stages)
 
 
 # ---------------------------------------------------------------------------- every prompt's result
@@ -366,6 +388,10 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
         raise ValueError("no prompt to evaluate on")
     if needs_heads(methods) and not heads:
         raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
+    if not (schedule and schedule.late) and any(parse(method)[0] in LATE for method in methods):
+        raise ValueError(
+            f"methods {', '.join(LATE[:2])}, ... need heads with a LateKV: train some with train.py --late"
+        )
     n, found = int(statistics.median(len(e.prompt) for e in examples)), {}
     for keep in keeps:
         for method in dict.fromkeys(["dense", *methods]):
@@ -379,8 +405,8 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
 def result_keys(task, model, examples, plan, digest, seed, labels):
     """{(keep, method): a key per example}: a hash of all that its result depends on, and of nothing else, then any +KV; digest: the heads' own."""
     base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
-    own = dict.fromkeys(WITH_HEADS, digest)
-    own |= {"random": seed, "teacher": [saliency.LABELS, *labels]}
+    own = {"random": seed, "teacher": [saliency.LABELS, *labels]}
+    own |= {name: [digest, own.get(ranking(name))] for name in LATE} | dict.fromkeys(WITH_HEADS, digest)
     keys = {}
     for (keep, method), stages in plan.items():
         name, kv, keys[keep, method] = parse(method)[0], compressed(method), []
@@ -407,14 +433,14 @@ def evaluate(
         plan[keep, method] = adapted(method, model, stages, heads, [e.prompt for e in examples])
     digest = heads_sha256(heads)
     keys = result_keys(task, model, examples, plan, digest, seed, [teacher, label_loss])
-    layers = sorted({layer for (_, m), stages in plan.items() if parse(m)[0] == "teacher" for layer in stages})
+    layers = sorted({layer for (_, m), stages in plan.items() if ranking(parse(m)[0]) == "teacher" for layer in stages})
     results = Results(rows)
     if any(key not in results for column in keys.values() for key in column):
         run(model, examples[:1])  # a warm-up
     for start in tqdm(range(0, len(examples), batch_size), desc=task, disable=None):
         batch, shared = examples[start : start + batch_size], {}  # shared: what methods rank by, once a batch
         for (keep, method), stages in plan.items():
-            name, given = parse(method)[0], None
+            name, given = ranking(parse(method)[0]), None
             column = keys[keep, method][start : start + batch_size]
             todo = {key: i for i, key in enumerate(column) if key not in results}
             if not todo:
@@ -480,7 +506,7 @@ def costs(method, model, lens, found, dense, heads):
         "mean_alive": mean_alive,
         "compression": 1 / mean_alive,
         "flops_share": flops_share(method, model.config, lens, alive, heads),
-        "kv_bytes": kv_bytes(method, model, lens, alive),
+        "kv_bytes": kv_bytes(method, model, lens, alive, heads),
         "prefill_speedup": statistics.median(d["seconds"] / r["seconds"] for d, r in zip(dense, found)),
     }
 
@@ -528,7 +554,7 @@ def compare(found, base, difference):
 
 
 def needs_heads(methods):
-    return any(parse(method)[0] in WITH_HEADS for method in methods)
+    return any(parse(method)[0] in (*WITH_HEADS, *LATE) for method in methods)
 
 
 def print_table(rows):

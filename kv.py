@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from model import attend, attention_weights
 from scorers import accumulated
-from sdtp import keep_count, pairs
+from sdtp import keep_count, looked_at, pairs
 
 WINDOW, POOL = 32, 7  # SnapKV's, with the maximum over neighbours, as in its LongBench runs
 METHODS = ("h2o", "snapkv")
@@ -57,46 +57,61 @@ class Compression:
     def attend(self, cache, prompt_lens):
         """model.attend of one layer's prefill, which then puts into that layer's empty LayerCache what is kept.
 
-        prompt_lens: tokens of each prompt, dropped ones included. ValueError for a layer with a sliding window: it
-        goes by position, and the cache has one for all heads: here the latest of them, which is enough to be causal.
+        prompt_lens: tokens of each prompt, dropped ones included. ValueError: see kept().
         """
 
         def attend_and_keep(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-            if window is not None:
-                raise ValueError(f"--kv {self.method}: not for a model with a sliding window ({window} positions)")
-            parts = zip(q.split(seqlens), k.split(seqlens), v.split(seqlens), positions.split(seqlens), prompt_lens)
-            kept = []
-            for q_rows, k_rows, v_rows, p, n in parts:
-                rows = self.select(q_rows, k_rows, p, n)  # (m, Hkv)
-                kept.append((*(t.take_along_dim(rows[..., None], 0) for t in (k_rows, v_rows)), p[rows].amax(1)))
-            cache.append(*map(torch.cat, zip(*kept)), [len(p) for _, _, p in kept])
+            parts = (q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens))
+            rows = list(zip(*parts, positions.split(seqlens), k_positions.split(k_seqlens)))
+            cache.append(*self.kept(rows, prompt_lens, window))
             return attend(q, k, v, positions, k_positions, seqlens, k_seqlens)
 
         return attend_and_keep
 
-    def select(self, q, k, positions, n):
-        """The rows of one sequence that each head keeps, ascending, (m, Hkv); of equal scores the later.
+    def kept(self, rows, prompt_lens, window=None):
+        """LayerCache.append()'s arguments, of what is kept; rows: each sequence's (q, k, v, positions, k_positions), as in model.attend.
 
-        q: (T, Hq, D), k: (T, Hkv, D), positions: (T,) of the tokens alive of a prompt of n.
+        ValueError for a layer with a sliding window: it goes by position, and the cache has one for all heads: here the
+        latest of them, which is enough to be causal.
         """
-        T, heads = k.shape[:2]
-        count, everything = self.count(n), torch.arange(T, device=k.device).expand(heads, T)
-        if T <= count:
+        if window is not None:
+            raise ValueError(f"--kv {self.method}: not for a model with a sliding window ({window} positions)")
+        kept = []
+        for (q, k, v, positions, k_positions), n in zip(rows, prompt_lens):
+            index = self.select(q, k, positions, k_positions, n)  # (m, Hkv)
+            k, v = (t.take_along_dim(index[..., None], 0) for t in (k, v))
+            kept.append((k, v, k_positions[index].amax(1)))
+        return *map(torch.cat, zip(*kept)), [len(p) for *_, p in kept]
+
+    def select(self, q, k, positions, k_positions, n):
+        """The keys of one sequence that each head keeps, ascending, (m, Hkv); of equal scores the later.
+
+        q: (T, Hq, D), positions: (T,), k: (K, Hkv, D), k_positions: (K,), of a prompt of n.
+        """
+        K, heads = k.shape[:2]
+        count, everything = self.count(n), torch.arange(K, device=k.device).expand(heads, K)
+        if K <= count:
             return everything.T
         if self.method == "h2o":
             recent = (count + 1) // 2
-            scores = accumulated(q, k, positions)[:, : T - recent]
+            scores = accumulated(q, k, positions, k_positions)[:, : K - recent]
         else:
             recent = WINDOW
-            seen = attention_weights(q[-recent:], k, positions[-recent:], positions)[..., :-recent].sum(1)
+            seen = attention_weights(q[-recent:], k, positions[-recent:], k_positions)[..., :-recent].sum(1)
             scores = F.max_pool1d(seen.unflatten(0, (heads, -1)).sum(1), POOL, stride=1, padding=POOL // 2)
         order = scores.flip(1).argsort(descending=True, stable=True)[:, : count - recent]
-        return torch.cat((T - recent - 1 - order, everything[:, T - recent :]), 1).sort().values.T
+        return torch.cat((K - recent - 1 - order, everything[:, K - recent :]), 1).sort().values.T
 
-    def flops(self, config, alive, n):
-        """FLOPs of the scores of one prompt of n, all layers: causal products of queries and keys once more."""
-        whole = self.method == "h2o"  # all queries, or the last alone
-        products = sum(pairs(t) - (0 if whole else pairs(t - WINDOW)) for t in alive if t > self.count(n))
+    def flops(self, config, alive, n, held=None):
+        """FLOPs of the scores of one prompt of n, all layers: causal products of queries and keys once more.
+
+        held: tokens per layer that have keys, where more than are alive (sdtp.held_counts).
+        """
+        products = 0
+        for t, keys in zip(alive, held or alive):
+            if keys > self.count(n):  # all queries, or the last alone
+                whole = self.method == "h2o"
+                products += pairs(t) + looked_at(t, keys - t) if whole else pairs(keys) - pairs(keys - WINDOW)
         return 2 * config.head_dim * config.num_attention_heads * products
 
 

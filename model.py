@@ -429,8 +429,12 @@ class Attention(nn.Module):
 
     def qkv(self, x, positions):
         """x: (T, hidden_size), normed -> q: (T, Hq, D), k and v: (T, Hkv, D); q and k rotated."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.rope(q, positions), self.rope(k, positions), v
+        return self.rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), positions), *self.kv(x, positions)
+
+    def kv(self, x, positions):
+        """qkv() without q, for tokens that are only looked at."""
+        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return self.rope(k, positions), v
 
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
         """x: (T, hidden_size), normed -> (T, hidden_size); the arguments are Block's."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from model import KVCache, attention_weights, read_json, visible
+from model import KVCache, attention_weights, read_json, sdpa, visible
 
 FIRST_TOKENS, LAST_SHARE = 4, 0.1  # always kept: the first 4 tokens and the last 10 % of the prompt
 
@@ -54,7 +54,7 @@ class Schedule(dict):
     Schedule(30) has the paper's stages, as many as fit: layers 4, 7, 10, ... (at most 10), where after
     stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. span: neighbouring tokens
     that are scored, kept or dropped together (1: the paper's). A stage with a share of 0 leaves the protected tokens
-    alone, and needs no scorer. ValueError names a layer outside the model, a share outside [0, 1] or above the one
+    alone, and needs no scorer; late: a LateKV stands there, so that the others stay in the caches. ValueError names a layer outside the model, a share outside [0, 1] or above the one
     before, or a span below 1.
 
     adaptive, not the paper's: a prompt keeps the spans that score threshold[layer] or more, so that one with little to lose
@@ -65,13 +65,13 @@ class Schedule(dict):
 
     def __init__(
         self, num_hidden_layers, shares=None, *, first_layer=4, step=3, stages=10, ratio=0.9, span=1,
-        threshold=None, adaptive=False,
+        threshold=None, adaptive=False, late=False,
     ):  # fmt: skip
         if shares is None:
             layers = range(first_layer, num_hidden_layers, step)[:stages]
             shares = {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
         super().__init__(sorted((int(layer), float(share)) for layer, share in shares.items()))
-        self.num_hidden_layers, self.span, self.adaptive = num_hidden_layers, span, adaptive
+        self.num_hidden_layers, self.span, self.adaptive, self.late = num_hidden_layers, span, adaptive, late
         self.threshold = {int(layer): float(score) for layer, score in (threshold or {}).items()}
         if span < 1:
             raise ValueError(f"the schedule has spans of {span} tokens; at least 1 is needed")
@@ -90,15 +90,21 @@ class Schedule(dict):
                     f"the schedule's share at layer {layer} is {share}; it must lie between 0 and {previous}, the share before"
                 )
             previous = share
+        if late and len(self) - len(self.scored()) != 1:
+            raise ValueError("a schedule with late=True needs one stage with a share of 0")
         scores = self.threshold
         if (scores or adaptive) and not (sorted(scores) == self.scored() and all(map(math.isfinite, scores.values()))):
             raise ValueError(
                 f"an adaptive schedule needs a threshold, a number, at each of layers {self.scored()}, not {scores}; calibrate() finds it"
             )
 
+    def with_shares(self, shares, **thresholds):
+        """Other shares with the same span and, at a share of 0, the same LateKV; thresholds: threshold and adaptive."""
+        return Schedule(self.num_hidden_layers, shares, span=self.span, late=self.late, **thresholds)
+
     def as_adaptive(self):
         """The same, adaptive; ValueError without thresholds."""
-        return Schedule(self.num_hidden_layers, self, span=self.span, threshold=self.threshold, adaptive=True)
+        return self.with_shares(self, threshold=self.threshold, adaptive=True)
 
     def scored(self):
         """The layers whose stage needs a scorer."""
@@ -117,21 +123,21 @@ class Schedule(dict):
 
         cost: function of a Schedule, in units of a dense prefill, that falls as shares fall. A stage with share 0 keeps it;
         if it alone makes the schedule cheaper than the budget, it moves to the first later layer where it does not, or is
-        left out. A budget above dense's cost gives shares of 1. ValueError for one out of reach: all tokens are alive below
+        left out, unless a LateKV holds it. A budget that cannot be spent gives shares of 1. ValueError for one out of reach: all tokens are alive below
         the first stage.
         """
 
         def powered(power):
             shares = {layer: share and share**power for layer, share in self.items()}
-            return Schedule(self.num_hidden_layers, shares, span=self.span)
+            return self.with_shares(shares)
 
         if cost(self) == budget:
             return self
         scored = {layer: self[layer] for layer in self.scored()}
-        if 0 < len(scored) < len(self) and cost(powered(0)) < budget:
+        if not self.late and 0 < len(scored) < len(self) and cost(powered(0)) < budget:
             floor = min(self.keys() - scored) + 1
             shares = scored | ({floor: 0.0} if floor < self.num_hidden_layers else {})
-            return Schedule(self.num_hidden_layers, shares, span=self.span).fitted(cost, budget)
+            return self.with_shares(shares).fitted(cost, budget)
         low, high = 0.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -378,6 +384,72 @@ def linear(module, x):
     return F.linear(x, module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
 
+class LateKV(nn.Module):
+    """Keys and values of all layers after one, foretold from a token's state there: what it leaves behind if it goes no further.
+
+    Not the paper's. Of a prompt's tokens a response needs the keys and values alone, and those of late layers are nearly
+    linear in an earlier state: one linear map for each such layer, which train.py fits (fit_late), costs as much as the model's own two
+    projections, 6 % of a block of SmolLM2-135M, instead of all of it. SwiftKV (Qiao et al. 2024, arXiv 2410.03960) has
+    the model's own projections read the early state, and trains them; here the model is frozen.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        later = config.num_hidden_layers - layer - 1
+        self.layer, self.shape = layer, (later, 2, config.num_key_value_heads, config.head_dim)
+        self.proj = nn.Linear(config.hidden_size, math.prod(self.shape))
+
+    def forward(self, x):
+        """x: (T, hidden_size), the input of block `layer` -> (T, later layers, 2, Hkv, D): keys, not rotated yet, and values."""
+        return linear(self.proj, unit_rms(x)).unflatten(-1, self.shape)
+
+    def flops(self, rows):
+        """FLOPs for that many tokens, those of the layer's own projections included."""
+        own = 2 * math.prod(self.shape[1:]) * self.proj.in_features
+        return rows * (own + 2 * self.proj.weight.numel())
+
+
+def unit_rms(x):
+    """x / sqrt(mean(x^2)) over the last dimension, in x's dtype: RMSNorm without its weight."""
+    return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:]).to(x.dtype)
+
+
+class Left:
+    """The tokens of packed prompts that go no further than a LateKV's layer: their keys and values there, and later ones.
+
+    block: that layer's; x: (T, hidden_size), its input; positions: (T,); seqlens: rows of each prompt; keep, kept: the rows
+    that do go on, as select() gives them.
+    """
+
+    def __init__(self, late, block, x, positions, seqlens, keep, kept):
+        gone = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, keep, False)
+        x, self.positions = x[gone], positions[gone]
+        positions, self.seqlens = self.positions, [n - k for n, k in zip(seqlens, kept)]
+        attention, later = block.self_attn, (kv.unbind(1) for kv in late(x).unbind(1))
+        own = attention.kv(block.input_layernorm(x), positions)
+        self.kv = [own, *((attention.rope(k, positions), v) for k, v in later)]
+
+    def attend(self, cache, kv, prompt_lens):
+        """model.attend of the next layer's prefill: its rows see these tokens too, and the empty LayerCache holds both, or what kv keeps."""
+        k_left, v_left = self.kv.pop(0)
+
+        def attend_to_both(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
+            columns = [t.split(seqlens) for t in (q, k, v, positions)]
+            left = [t.split(self.seqlens) for t in (k_left, v_left, self.positions)]
+            rows = []
+            for q, k, v, p, k_more, v_more, p_more in zip(*columns, *left):
+                both, order = torch.cat((p, p_more)).sort()
+                rows.append((q, torch.cat((k, k_more))[order], torch.cat((v, v_more))[order], p, both))
+            if kv:
+                cache.append(*kv.kept(rows, prompt_lens, window))
+            else:
+                _, k, v, _, p = zip(*rows)
+                cache.append(*map(torch.cat, (k, v, p)), list(map(len, p)))
+            return torch.cat([sdpa(*row, window) for row in rows])
+
+        return attend_to_both
+
+
 def fingerprint(model):
     """A checkpoint's identity, the same loaded in float32 or bfloat16: SHA-256 over a sample of every parameter."""
     digest = hashlib.sha256()
@@ -417,7 +489,10 @@ def heads_sha256(heads):
 
 
 def save_heads(folder, heads, model, schedule, **info):
-    """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...)."""
+    """Write heads.safetensors and heads.json: fingerprint of the checkpoint, schedule, and info (teacher, data, ...).
+
+    heads: {layer: PruneHead}, then a LateKV at the layer with a share of 0, if there is one.
+    """
     data = heads_bytes(heads)
     write_atomic(Path(folder) / "heads.safetensors", data)
     meta = {
@@ -427,13 +502,14 @@ def save_heads(folder, heads, model, schedule, **info):
         "span": schedule.span,
         "threshold": {str(layer): score for layer, score in schedule.threshold.items()},
         "head": next(iter(heads.values())).options,
+        "late_kv": schedule.late,
         **info,
     }
     write_atomic(Path(folder) / "heads.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
 def load_heads(folder, model):
-    """Returns ({layer: PruneHead}, Schedule, dict of heads.json), on the model's device.
+    """Returns ({layer: PruneHead, or LateKV at a share of 0}, Schedule, dict of heads.json), on the model's device.
 
     FileNotFoundError for a missing file; ValueError for a damaged one or heads of another checkpoint.
     """
@@ -444,12 +520,14 @@ def load_heads(folder, model):
             f"{folder}: these heads were trained on another checkpoint ({meta.get('ckpt', 'unnamed')}); train your own with train.py"
         )
     try:
-        more = {"span": meta.get("span", 1), "threshold": meta.get("threshold")}
+        more = {"span": meta.get("span", 1), "threshold": meta.get("threshold"), "late": meta.get("late_kv", False)}
         schedule = Schedule(len(model.layers), meta["schedule"], **more)
         options = meta.get("head", {})
         heads = {
             layer: PruneHead(model.config.hidden_size, **options).requires_grad_(False) for layer in schedule.scored()
         }
+        for layer in schedule.keys() - heads.keys() if schedule.late else ():
+            heads[layer] = LateKV(model.config, layer).requires_grad_(False)
         data = (folder / "heads.safetensors").read_bytes()  # a missing file is named by its own error
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
             raise ValueError("heads.safetensors is not the file that heads.json was written with")
@@ -479,16 +557,38 @@ def pairs(alive, window=None):
     return int((torch.arange(n, device=positions.device) - first + 1).sum())
 
 
+def late_kv(heads):
+    """The LateKV among heads or scorers, or None."""
+    return next((head for head in (heads or {}).values() if isinstance(head, LateKV)), None)
+
+
+def held_counts(alive, n, heads=None):
+    """Tokens of a prompt of n that the cache holds at each layer, from the number alive at each: with a LateKV those left behind too."""
+    late = late_kv(heads)
+    return alive if late is None else [*alive[: late.layer], *[[n, *alive][late.layer]] * len(alive[late.layer :])]
+
+
+def looked_at(alive, left):
+    """(query, key) pairs of the `alive` tokens and of the `left` ones, all of which lie before the last and after the first of them."""
+    return max(0, alive - FIRST_TOKENS) * left
+
+
 def executed_flops(config, n, alive, heads=None, logit_rows=1):
     """(linear, attention, heads) FLOPs that a prefill of one prompt of n tokens runs.
 
     alive: at each layer that runs, the number of tokens or, for a window to be exact, their positions. GQA widths,
-    causal (or windowed) pairs at 4 D Hq each, LM head on logit_rows, pruning heads on the rows that they score.
+    causal (or windowed) pairs at 4 D Hq each, LM head on logit_rows, pruning heads on the rows that they score. With a LateKV
+    (linear) the keys and values of what it leaves behind, and (attention) the pairs with these, which no window makes fewer.
     """
     rows = [n, *(p if isinstance(p, int) else len(p) for p in alive)]  # rows[layer] reach a stage at that layer
     linear = sum(map(config.linear_flops, rows[1:])) + 2 * logit_rows * config.vocab_size * config.hidden_size
     attention = sum(pairs(p, config.window(layer)) for layer, p in enumerate(alive))
-    scoring = sum(head.flops(rows[layer], config) for layer, head in (heads or {}).items())
+    late = late_kv(heads)
+    if late:
+        left = [held - count for held, count in zip(held_counts(rows[1:], n, heads), rows[1:])]
+        linear += late.flops(left[late.layer])
+        attention += sum(map(looked_at, rows[1:], left))
+    scoring = sum(head.flops(rows[layer], config) for layer, head in (heads or {}).items() if head is not late)
     return linear, 4 * config.head_dim * config.num_attention_heads * attention, scoring
 
 
@@ -500,7 +600,7 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     """Read prompts, dropping tokens on the way.
 
     ids: (T,) token ids of one or more packed prompts, seqlens: tokens of each (default one prompt);
-    scorers: {layer: head or any callable of a head's call}; schedule: a Schedule, None or {} for
+    scorers: {layer: head or any callable of a head's call, or a LateKV at a share of 0}; schedule: a Schedule, None or {} for
     dense; cache: an empty KVCache to fill; kv: a kv.Compression of what each layer leaves in it. Returns (logits of
     each prompt's last token (B, vocab_size), cache); cache.alive is the tokens alive, [layer][prompt]. ValueError for a
     used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the tokens alive at a layer,
@@ -510,34 +610,43 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     scorers, schedule = scorers or {}, schedule or {}
     if scorers and not schedule or schedule and not set(schedule.scored()) <= scorers.keys():
         raise ValueError("pruning needs both: a schedule, and a scorer for each of its stages with a share above 0")
+    if (late_kv(scorers) is not None) != bool(schedule and schedule.late):
+        raise ValueError(
+            "a schedule with late=True needs a LateKV at its share of 0, and no other schedule has use for one"
+        )
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
         raise ValueError("prefill needs an empty cache")
-    x, positions, shares, cache.alive = model.embed(ids), model.positions(seqlens), {}, []
+    x, positions, shares, left, cache.alive = model.embed(ids), model.positions(seqlens), {}, None, []
     for layer, block in enumerate(model.layers):
         if layer in schedule:
             scores = scorers[layer](x, positions, seqlens, block) if schedule[layer] else positions.float()
             shares[layer] = schedule.shares(layer, scores, positions, seqlens, prompt_lens)
-            keep, seqlens = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
-            x, positions = x[keep], positions[keep]
+            keep, kept = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
+            if schedule.late and not schedule[layer]:
+                left = Left(scorers[layer], block, x, positions, seqlens, keep, kept)
+            x, positions, seqlens = x[keep], positions[keep], kept
         cache.alive.append(seqlens)
-        if kv:
+        if left:
+            x = block(x, positions, seqlens, attend=left.attend(cache[layer], kv, prompt_lens))
+        elif kv:
             x = block(x, positions, seqlens, attend=kv.attend(cache[layer], prompt_lens))
         else:
             x = block(x, positions, seqlens, cache[layer])
-    check_alive(cache, schedule, prompt_lens, shares, kv)
+    check_alive(cache, schedule, prompt_lens, shares, kv, scorers)
     return model.logits(x[torch.tensor(seqlens).cumsum(0) - 1]), cache
 
 
-def check_alive(cache, schedule, prompt_lens, shares, kv=None):
+def check_alive(cache, schedule, prompt_lens, shares, kv=None, scorers=None):
     """The guard against a silent no-op: RuntimeError unless as many tokens were alive at each layer as the schedule
-    asks for, and its cache holds those, or what kv leaves of them.
+    asks for, and its cache holds those, and what a LateKV left behind, or what kv leaves of them.
 
     shares: {layer: share per prompt}, from Schedule.shares and not from what was selected.
     """
     asked = [{layer: each[i] for layer, each in shares.items()} for i in range(len(prompt_lens))]
     alive = [schedule.alive(n, s) if schedule else [n] * len(cache.layers) for n, s in zip(prompt_lens, asked)]
-    kept = [kv.held(counts, n) for counts, n in zip(alive, prompt_lens)] if kv else alive
+    kept = [held_counts(counts, n, scorers) for counts, n in zip(alive, prompt_lens)]
+    kept = [kv.held(counts, n) for counts, n in zip(kept, prompt_lens)] if kv else kept
     for what, found, wanted in (("pruning", cache.alive, alive), ("compression", cache.seqlens(), kept)):
         for layer, (held, counts) in enumerate(zip(found, zip(*wanted))):
             if held != list(counts):
@@ -594,7 +703,7 @@ def calibrate(model, prompts, scorers, schedule):
             keep, seqlens = select(scores, positions, shares, seqlens, prompt_lens, schedule.span)
             x, positions = x[keep], positions[keep]
         x = torch.cat([block(*pack) for pack in packs(x, positions, seqlens)])
-    return Schedule(len(model.layers), schedule, span=schedule.span, threshold=threshold)
+    return schedule.with_shares(schedule, threshold=threshold)
 
 
 def sample_token(logits, temperature=0.0, top_p=1.0, generator=None):

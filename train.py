@@ -29,16 +29,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import cli
 import data
 import saliency
 from download import DEFAULT
-from eval_tasks import METHODS, perplexity, policies, print_table
+from eval_tasks import FLOOR, METHODS, perplexity, policies, print_table
 from model import read_json, visible
 from sdtp import (
-    PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
-    protected_count, save_heads, span_means, write_atomic,
+    FIRST_TOKENS, LateKV, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
+    protected_count, save_heads, span_means, unit_rms, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
 
@@ -47,17 +48,18 @@ from tokenizer import Tokenizer
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
     data: str = ""  # of pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: pydoc,made; dolly too for others' checkpoints)
-    init: str = ""  # folder of trained heads to begin with
+    init: str = ""  # folder of trained heads to begin with; with --epochs 0 they stay as they are
     out_dir: str = "out"  # heads, tables, figures, log and checkpoint go here
     resume: bool = False  # go on with the run in out_dir
     paper: bool = False  # the paper's recipe instead of ours: see PAPER in train.py for the flags that it sets
     # the method
     first_layer: int = 4  # first of --stages (layers count from 0)
     step: int = 3  # layers from stage to stage
-    stages: int = 0  # stages at most, as many as fit (0: ours, the two of OUR_STAGES)
+    stages: int = 0  # stages at most, as many as fit (0: ours, see LATE in train.py)
     ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
     shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
     span: int = 16  # neighbouring tokens scored, kept and dropped together
+    late: bool = True  # tokens that a share of 0 leaves behind stay as keys and values, by fitted maps (LateKV)
     # the heads
     divisor: int = 4  # their hidden layer has hidden_size / divisor units
     norm: bool = True  # layer-norm the state
@@ -113,13 +115,14 @@ class TrainConfig:
     device: str = "auto"  # auto (CUDA where there is one), cpu or cuda
 
 
-# {share of the layers below a stage: share of the prompt kept}: one before the first block, as what is dropped later has cost
-# more and heads at layers 0 to 2 prune about alike, and a late one, where hardly anything still is read
-# (results/LOG.md, sessions 4 to 9); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the late one costs
-# about the budget alone, or moves up, or goes (Schedule.fitted), and the early one drops little: give --stages or --shares there.
-OUR_STAGES = {0: 0.75, 5 / 6: 0.0}
+# Our stages: one before the first block, as what is dropped later has cost more and heads at layers 0 to 2 prune about alike, and
+# one from which on only the protected go on: at this share of the layers with a LateKV, at eval_tasks.FLOOR, where hardly anything
+# still is read, without (results/LOG.md, sessions 4 to 9 and 17); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the
+# late one costs about the budget alone, or moves up, or goes (Schedule.fitted), and the early one drops little: give --stages or --shares there.
+LATE = 4 / 5
+LATE_TOKENS = 2**17  # of the training prompts that its maps are fitted to, about
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
-    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
+    "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "late": False, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
     "list_weight": 0.0, "level_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
 }  # fmt: skip
 CONTEXT = "attention", "matches", "ending", "alike", "conv"  # options of heads that see other tokens
@@ -535,6 +538,7 @@ def draw_predictions(model, heads, examples, schedule, config, path):
     """Predicted score against label per stage, as ranks within held-out prompts (dense states)."""
     import matplotlib.pyplot as plt
 
+    heads = {layer: head for layer, head in heads.items() if isinstance(head, PruneHead)}
     points = {layer: [] for layer in heads}
     for example in examples[:8]:
         _, _, (n,), labels, states = pack(model, [example], heads, config)
@@ -554,6 +558,39 @@ def draw_predictions(model, heads, examples, schedule, config, path):
     axes[0, 0].set_ylabel("head (rank)")
     figure.tight_layout()
     cli.save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------- keys and values of late layers
+
+
+@torch.no_grad()
+def fit_late(model, examples, layer):
+    """A LateKV for a layer, its maps a ridge regression of each later layer's keys (not rotated) and values on the normed state
+    there, over dense passes of these Examples, responses included, until LATE_TOKENS are read.
+
+    The first tokens are left out: they are never left behind, and like no others (attention sinks).
+    """
+    late, (gram, cross, read) = LateKV(model.config, layer), (0.0, 0.0, 0)
+    for e in tqdm(examples, desc="late maps", disable=None):
+        if read >= LATE_TOKENS:
+            break
+        ids = torch.tensor(e.prompt + e.response, device=model.device)
+        x, positions = model.embed(ids), model.positions([len(ids)])
+        targets = [x[:, :0]]  # of the last layer, with none after it, nothing is to be foretold
+        for depth, block in enumerate(model.layers):
+            if depth == layer:
+                z = F.pad(unit_rms(x).float(), (0, 1), value=1.0)[FIRST_TOKENS:]
+            if depth > layer:
+                seen, attention = block.input_layernorm(x), block.self_attn
+                targets += [attention.k_proj(seen), attention.v_proj(seen)]
+            x = block(x, positions, [len(ids)])
+        y = torch.cat(targets, -1).float()[FIRST_TOKENS:]
+        gram, cross, read = gram + (z.T @ z).double(), cross + (z.T @ y).double(), read + len(ids)
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    maps = torch.linalg.solve(gram + ridge, cross).float()
+    late.proj.weight.copy_(maps[:-1].T)
+    late.proj.bias.copy_(maps[-1])
+    return late.to(model.device, torch.bfloat16).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -586,6 +623,7 @@ def new_head(model, config):
 def begin_with(folder, model, heads):
     """Give the heads the weights of those in a folder; ValueError where these are at other layers, or have other options."""
     trained, _, meta = load_heads(folder, model)
+    trained = {layer: head for layer, head in trained.items() if isinstance(head, PruneHead)}
     if list(trained) != list(heads) or any(h.options != trained[layer].options for layer, h in heads.items()):
         options = next(iter(heads.values())).options
         raise ValueError(
@@ -665,7 +703,8 @@ def check_flags(config):
     """ValueError for a flag out of its range."""
     cli.one_of(config, teacher=saliency.TEACHERS, label_loss=saliency.LABEL_LOSSES)
     cli.one_of(config, rank_reduction=("mean", "sum"), checkpoint_blocks=("auto", "on", "off"))
-    cli.at_least(1, config, "epochs", "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
+    cli.at_least(0 if config.init else 1, config, "epochs")
+    cli.at_least(1, config, "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(
         0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency", "primacy",
@@ -691,12 +730,15 @@ def check_flags(config):
 def make_schedule(config, num_hidden_layers):
     """The Schedule of --shares, or of the stages with the compute of --ratio; ValueError for a malformed one."""
     if config.shares:
-        return Schedule(num_hidden_layers, given_shares(config.shares), span=config.span)
+        shares = given_shares(config.shares)
+        return Schedule(num_hidden_layers, shares, span=config.span, late=config.late and 0 in shares.values())
     if config.stages:
         stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages}
     else:
-        stages = {"shares": {round(depth * num_hidden_layers): share for depth, share in OUR_STAGES.items()}}
-    return Schedule(num_hidden_layers, **stages, span=config.span).with_ratio(config.ratio)
+        depths = {0: 0.75, LATE if config.late else FLOOR: 0.0}
+        stages = {"shares": {round(depth * num_hidden_layers): share for depth, share in depths.items()}}
+    schedule = Schedule(num_hidden_layers, **stages, span=config.span).with_ratio(config.ratio)
+    return Schedule(num_hidden_layers, schedule, span=config.span, late=config.late and 0 in schedule.values())
 
 
 def given_shares(text):
@@ -729,7 +771,8 @@ def prompts(config, tokenizer, model):
 def measure(model, heads, held_out, schedule, history, config):
     """Both figures and the table of all methods on the held-out prompts, in out_dir."""
     out = Path(config.out_dir)
-    draw_losses(history, out / "losses.png")
+    if history:
+        draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
     n = int(statistics.median(len(e.prompt) for e in held_out))
     *rest, scoring = executed_flops(model.config, n, schedule.alive(n), heads)
@@ -773,12 +816,15 @@ def main():
     history = train(model, heads, examples, schedule, config)
     for head in heads.values():
         head.eval()
+    if schedule.late:
+        layer = max(schedule)
+        heads[layer] = fit_late(model, examples, layer)
     if config.level_weight:  # else scores of different prompts cannot be compared
         schedule = calibrate(model, [e.prompt for e in examples], heads, schedule)
     info = run_info(config) | cli.ORIGIN
     save_heads(Path(config.out_dir) / "heads", heads, model, schedule, prompts=len(examples), **info)
     measure(model, heads, held_out, schedule, history, config)
-    (Path(config.out_dir) / "checkpoint.safetensors").unlink()
+    (Path(config.out_dir) / "checkpoint.safetensors").unlink(missing_ok=True)
     if own_cache:
         shutil.rmtree(config.label_cache)
 

@@ -17,12 +17,12 @@ import eval_tasks
 import scorers
 from data import Example
 from eval_tasks import (
-    ADAPTIVE, KNOWN, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, compressed, gemfilter, gemfilter_scores, needle, parse,
+    ADAPTIVE, KNOWN, LATE, METHODS, MORE_TOKENS, PEERS, WITH_HEADS, Results, compare, compressed, gemfilter, gemfilter_scores, needle, parse,
     perplexity, policy, score,
 )  # fmt: skip
 from kv import Compression
 from model import Transformer
-from sdtp import PruneHead, Schedule, calibrate, generate, protected_count
+from sdtp import LateKV, PruneHead, Schedule, calibrate, generate, prefill, protected_count
 from tokenizer import Tokenizer
 
 EXAMPLES = [Example(tiny.ids(n).tolist(), tiny.ids(m, seed=n).tolist()) for n, m in ((30, 6), (41, 1), (24, 9))]
@@ -257,7 +257,7 @@ def test_policy(name, span, keep):
     """Stages and span of every method, a peer's its own; executed FLOPs are the budget's within 0.5 %, heads and first passes included."""
     model, n = tiny.build(**DEEPER), 300
     heads = {layer: PruneHead(32) for layer in STAGES}
-    if span.count("@") == 2 and name in (*WITH_HEADS, "floor", *PEERS):
+    if span.count("@") == 2 and name in (*WITH_HEADS, *LATE, "floor", *PEERS):
         return
     stages = policy(name + span, model.config, STAGES, heads, n, keep)
     own = {"lazyllm": [4], "fastkv": [3], "gemfilter": [0], "self_information": [0], "floor": [1]}
@@ -287,6 +287,63 @@ def test_policy_with_a_floor():
     assert method_flops_by_hand("random", model, n, stages.alive(n)) == pytest.approx(budget, rel=0.005)
     assert list(policy("random@4@1/4", model.config, STAGES, None, n, 0.5)) == [1, 5]
     assert list(policy("random@4@1/5", model.config, STAGES, None, n, 0.9)) == [1]
+
+
+def late_heads(model):
+    """(Schedule with a LateKV at layer 3, a head at layer 1 and the LateKV)."""
+    torch.manual_seed(0)
+    return Schedule(6, {1: 0.8, 3: 0.0}, span=8, late=True), {1: PruneHead(32), 3: LateKV(model.config, 3).double()}
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.9, 0.8])
+@pytest.mark.parametrize("name", ["sdtp", "sdtp_adaptive", "earliest_late", "teacher_late", "random_late", "earliest"])
+def test_policy_with_a_late_kv(name, keep):
+    """sdtp and NAME_late have its stages at the budget, what it computes included; scorers drop, from 5/6 of the layers on."""
+    model, n = tiny.build(**DEEPER), 300
+    schedule, heads = late_heads(model)
+
+    def by_hand(name, alive):
+        left, kv_weights = alive[2] - alive[3], 2 * 16 * 32
+        late = 2 * left * kv_weights * 3 + 3 * 2 * 2 * 8 * 4 * (alive[3] - 4) * left  # of layers 3, 4 and 5
+        return (
+            flops_by_hand(model, alive) + late * (name != "earliest") + 2 * n * (32 * 8 + 8 * 2) * (name in WITH_HEADS)
+        )
+
+    stages = policy(name, model.config, schedule, heads, n, keep)
+    floor = {"earliest": [] if keep else [5]}  # which moves up to none where it alone is cheaper than the budget
+    assert list(stages) == [1, *floor.get(name, [3])] and stages.late == (name != "earliest")
+    budget = flops_by_hand(model, [n] * 4 + [round(n * keep)] * 2) if keep else by_hand("sdtp", schedule.alive(n))
+    if keep and name != "earliest":  # more than it can spend: nothing is dropped at layer 1
+        assert stages[1] == pytest.approx(1) and by_hand(name, stages.alive(n)) < budget
+    else:
+        assert by_hand(name, stages.alive(n)) == pytest.approx(budget, rel=0.005) and stages.alive(n)[1] < n
+    if stages.alive(n)[1] < n or name != "earliest":
+        share = by_hand(name, stages.alive(n)) / flops_by_hand(model, [n] * 6)
+        assert eval_tasks.flops_share(name, model.config, [n], [stages.alive(n)], heads) == pytest.approx(share)
+
+
+def test_late_methods():
+    """Each ranks by its own scorer and leaves keys and values by the heads' LateKV, all of which its row counts; heads without one are refused."""
+    model, n = tiny.build(**DEEPER), 40
+    schedule, heads = late_heads(model)
+    examples = [Example(tiny.ids(n, seed).tolist(), tiny.ids(9, seed).tolist()) for seed in range(2)]
+    names = ["sdtp", "sdtp_adaptive", "earliest_late", "teacher_late", "random_late", "earliest", "sdtp+h2o"]
+    rows = {r["method"]: r for r in perplexity(model, examples, names, schedule, heads)}
+    assert len({r["loss"] for r in rows.values()}) == len(rows) == 8
+    stages = policy("earliest_late", model.config, schedule, heads, n)
+    nats = []
+    for e in examples:
+        _, cache = prefill(model, torch.tensor(e.prompt), {1: scorers.earliest, 3: heads[3]}, stages)
+        nats.append(eval_tasks.score(model, [e], {1: scorers.earliest, 3: heads[3]}, stages)[0][0].sum().item())
+    assert rows["earliest_late"]["loss"] == pytest.approx(sum(nats) / 18)
+    assert (
+        rows["earliest_late"]["kv_bytes"]
+        == cache.nbytes()
+        == 2 * 16 * 8 * sum(stages.alive(n)[i] for i in (0, 1, 2, 2, 2, 2))
+    )
+    assert rows["sdtp+h2o"]["kv_bytes"] == 2 * 16 * 8 * 16 * 6
+    with pytest.raises(ValueError, match="need heads with a LateKV"):
+        perplexity(model, examples, ["random_late"], STAGES, {layer: PruneHead(32) for layer in STAGES})
 
 
 def test_policy_out_of_reach(capsys):

@@ -10,7 +10,7 @@ import scorers
 from kv import Compression, compression
 from model import KVCache, attend
 from sample import SampleConfig
-from sdtp import Schedule, generate, keep_count, prefill
+from sdtp import LateKV, Schedule, generate, keep_count, prefill
 
 MODELS = {"grouped": {}, "one head per key": {"num_key_value_heads": 4}, "one key head": {"num_key_value_heads": 1}}
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
@@ -118,7 +118,7 @@ def test_heads_differ(fields, method):
     """Key heads keep other tokens than one another, where there are several, and layers too."""
     model, kv = tiny.build(**fields), Watch(Compression(method, 0.75))
     prefill(model, tiny.ids(60), kv=kv)
-    kept = [kv.kv.select(q, k, p, 60).T.tolist() for ((q, k, _, p),) in kv.seen]
+    kept = [kv.kv.select(q, k, p, p, 60).T.tolist() for ((q, k, _, p),) in kv.seen]
     assert len({str(rows) for layer in kept for rows in layer}) == 3 * len(kept[0])
     assert all(len(rows) == 45 and rows[-1] == 59 for layer in kept for rows in layer)
 
@@ -127,7 +127,7 @@ def test_heads_differ(fields, method):
 def test_ties_go_to_the_later(method):
     """Of tokens with equal attention the later stay."""
     q, k = torch.zeros(50, 4, 8), torch.zeros(50, 2, 8)
-    rows = Compression(method, 0.8).select(q, k, torch.arange(50), 50)
+    rows = Compression(method, 0.8).select(q, k, torch.arange(50), torch.arange(50), 50)
     last = 1 / torch.arange(1, 51)  # what every query pays to each of those before it
     if method == "h2o":  # earlier tokens get more of such attention
         assert last[0] > last[1] and rows.T.tolist() == [[*range(20), *range(30, 50)]] * 2
@@ -266,6 +266,38 @@ def test_accumulated(fields):
     for rows in (1, 6, 256):
         got = scorers.accumulated(q, k, torch.tensor(p), rows=rows)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    some = [0, 1, 7, 8, 15, 19]  # rows of which alone there are queries
+    expected = [
+        [sum(whole[h][i][j] for h in range(g * group, g * group + group) for i in some) for j in range(len(p))]
+        for g in range(k.shape[1])
+    ]
+    for rows in (1, 4, 256):
+        got = scorers.accumulated(q[some], k, torch.tensor(p)[some], torch.tensor(p), rows=rows)
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@each_method
+@each_model
+def test_late(fields, method):
+    """After a LateKV heads keep as many, by the queries of the tokens that went on, and of the others too; logits are those without compression."""
+    model, kv = tiny.build(**fields), Compression(method, 0.7)
+    late, stages = LateKV(model.config, 1).double(), Schedule(3, {1: 0.0}, late=True)
+    ids, lens = torch.cat([tiny.ids(60), tiny.ids(50)]), [60, 50]
+    logits, whole = prefill(model, ids, {1: late}, stages, lens)
+    got, cache = prefill(model, ids, {1: late}, stages, lens, kv=kv)
+    assert (
+        torch.equal(got, logits) and cache.seqlens() == [[42, 35]] * 3 and cache.alive == [[60, 50], [10, 9], [10, 9]]
+    )
+    k, _, positions = (t.split([60, 50])[0] for t in whole[2].rows())
+    kept = cache[2].rows()[0][:42]  # (42, Hkv, D)
+    for head in range(k.shape[1]):
+        rows = [(k[:, head] == row).all(-1).nonzero().item() for row in kept[:, head]]
+        assert rows == sorted(rows) and set(range(39, 60)) <= set(rows)
+    seen = [60] + [
+        10
+    ] * 2  # queries per layer; the last six see all that is left behind, the first four of them nothing
+    pairs = [sum(range(61)), *[sum(range(11)) + 6 * 50] * 2] if method == "h2o" else [sum(range(29, 61))] * 3
+    assert kv.flops(model.config, seen, 60, [60] * 3) == 2 * 8 * 4 * sum(pairs)
 
 
 def test_scores_come_in_blocks(monkeypatch):
@@ -292,7 +324,7 @@ def test_guard(monkeypatch):
     monkeypatch.setattr("sdtp.select", lambda scores, *_: (torch.arange(len(scores)), [len(scores)]))
     with pytest.raises(RuntimeError, match="layer 1 holds .50. .* pruning was not applied"):
         prefill(model, tiny.ids(50), heads(), STAGES, kv=kv)
-    everything = lambda self, q, k, p, n: torch.arange(len(k))[:, None].expand(len(k), 2)
+    everything = lambda self, q, k, p, k_p, n: torch.arange(len(k))[:, None].expand(len(k), 2)
     monkeypatch.setattr(Compression, "select", everything)
     with pytest.raises(RuntimeError, match="layer 0 holds .50. tokens where .20. are asked for: compression was not"):
         prefill(model, tiny.ids(50), kv=kv)

@@ -16,6 +16,7 @@ import scorers
 import sdtp
 from model import KVCache, Transformer, attention_weights, visible
 from sdtp import (
+    LateKV,
     PruneHead,
     Schedule,
     executed_flops,
@@ -40,6 +41,13 @@ MODELS = {  # every one with grouped keys, stages at layers 1, 2 and 4 below
     ),
 }  # fmt: skip
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+
+
+def late_stages(model, share=0.6):
+    """(Schedule with a LateKV at layer 2, after a stage at layer 1; its scorers), random maps."""
+    torch.manual_seed(0)
+    late = LateKV(model.config, 2).double()
+    return Schedule(5, {1: share, 2: 0.0}, late=True), {1: random_heads(model)[1], 2: late}
 
 
 def stages(ratio):
@@ -71,22 +79,38 @@ def loop_span_means(scores, positions, span, n):
 
 
 def hidden_not_dropped(model, ids, n, scorers=None, schedule=()):
-    """All tokens stay in place; those of the prompt (the first n) are hidden from their stage on.
+    """All tokens stay in place; those of the prompt (the first n) are hidden from their stage on, or where a LateKV stands
+    their keys and values replaced in all layers after it.
 
-    Returns logits (T, vocab_size) and per layer (positions alive, k, v of all tokens).
+    Returns logits (T, vocab_size) and per layer (positions held, k, v of all tokens).
     """
     x, positions, alive, layers = model.embed(ids), torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.bool), []
+    foretold, left = [], ~alive
     for layer, block in enumerate(model.layers):
         if layer in schedule:
-            scores = scorers[layer](x, positions, [len(ids)], block).tolist()
+            late = scorers.get(layer) if isinstance(scorers.get(layer), LateKV) else None
+            before = alive.clone()
+            scores = [0.0] * len(ids) if late else scorers[layer](x, positions, [len(ids)], block).tolist()
             old = positions[:n][alive[:n]].tolist()
             alive[:n] = False
             means = loop_span_means([scores[p] for p in old], old, schedule.span, n)
             alive[kept_by_sort(means, old, n, schedule[layer])] = True
+            if late:
+                unit = x / x.pow(2).mean(-1, keepdim=True).sqrt()
+                maps = late.proj.weight.unflatten(0, (-1, 2, model.config.num_key_value_heads * 8))
+                biases = late.proj.bias.unflatten(0, maps.shape[:3])
+                foretold = [[unit @ w.T + b for w, b in zip(*pair)] for pair in zip(maps, biases)]
+                left, first = before & ~alive, layer + 1
         q, k, v = block.self_attn.qkv(block.input_layernorm(x), positions)
-        layers.append((positions[alive], k, v))
+        if foretold and layer >= first:
+            k_late, v_late = (t.unflatten(-1, (-1, 8)) for t in foretold[layer - first])
+            k, v = k.clone(), v.clone()
+            k[left], v[left] = block.self_attn.rope(k_late, positions)[left], v_late[left]
+        layers.append((positions[alive | left], k, v))
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        seen = visible(positions, positions, block.self_attn.window) & (alive | torch.eye(len(ids), dtype=torch.bool))
+        seen = visible(positions, positions, block.self_attn.window) & (
+            alive | left | torch.eye(len(ids), dtype=torch.bool)
+        )
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         x = x + block.self_attn.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
@@ -324,6 +348,55 @@ def test_decoding_after_pruning(fields, extra):
 
 
 @each_model
+def test_late_equals_replaced(fields):
+    """With a LateKV logits and caches, packed or not, are those of a model that replaces the keys and values of what is left
+    behind, in the prefill and in decoding after it."""
+    model, lens = tiny.build(**fields), [40, 2, 18]
+    schedule, heads = late_stages(model)
+    whole = [tiny.ids(n + 9, seed) for seed, n in enumerate(lens)]
+    expected = [hidden_not_dropped(model, ids, n, heads, schedule) for ids, n in zip(whole, lens)]
+    prompts = [ids[:n] for ids, n in zip(whole, lens)]
+    first, cache = prefill(model, torch.cat(prompts), heads, schedule, lens)
+    for i, (n, prompt) in enumerate(zip(lens, prompts)):
+        single, alone = prefill(model, prompt, heads, schedule)
+        logits, layers = expected[i]
+        assert (first[i] - logits[n - 1]).abs().max() < 1e-10 and (single[0] - logits[n - 1]).abs().max() < 1e-10
+        for a, b, (held, k, v) in zip(cache.layers, alone.layers, layers):
+            held = held[held < n]
+            for rows in ([t.split(a.seqlens)[i] for t in a.rows()], b.rows()):
+                assert torch.equal(rows[2], held)
+                assert (rows[0] - k[held]).abs().max() < 1e-10 and (rows[1] - v[held]).abs().max() < 1e-10
+    assert cache.alive[1] == cache[4].seqlens == [24, 2, 11] and cache.alive[2] == [8, 2, 6]
+    for step in range(3):
+        at = [n + 3 * step for n in lens]
+        ids = torch.cat([ids[a : a + 3] for ids, a in zip(whole, at)])
+        got = model(ids, torch.cat([torch.arange(a, a + 3) for a in at]), [3] * 3, cache).split(3)
+        assert all((g - e[0][a : a + 3]).abs().max() < 1e-10 for g, e, a in zip(got, expected, at))
+
+
+def test_late_at_the_last_layer():
+    """There nothing is to be foretold, and a prompt's last row sees all of them: a dense prefill's logits and cache."""
+    model = tiny.build(num_hidden_layers=5)
+    got, cache = prefill(model, tiny.ids(40), {4: LateKV(model.config, 4)}, Schedule(5, {4: 0.0}, late=True))
+    dense, whole = prefill(model, tiny.ids(40))
+    assert cache.alive[4] == [8] and cache.seqlens() == whole.seqlens() and (got - dense).abs().max() < 1e-10
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(cache[4].rows(), whole[4].rows()))
+
+
+def test_late_refuses():
+    """A LateKV without a schedule that says so, or the reverse, and a late schedule without a share of 0, or with two."""
+    model = tiny.build(num_hidden_layers=5)
+    schedule, heads = late_stages(model)
+    with pytest.raises(ValueError, match="late=True needs a LateKV"):
+        prefill(model, tiny.ids(40), {1: heads[1]}, schedule)
+    with pytest.raises(ValueError, match="late=True needs a LateKV"):
+        prefill(model, tiny.ids(40), heads, Schedule(5, schedule))
+    for shares in ({1: 0.5}, {1: 0.0, 2: 0.0}):
+        with pytest.raises(ValueError, match="one stage with a share of 0"):
+            Schedule(5, shares, late=True)
+
+
+@each_model
 @pytest.mark.parametrize("span", [2, 5, 16])
 def test_spans_through_prefill(fields, span):
     """Stages that keep whole spans: logits and tokens of a model that hides the dropped ones, packed as single, each stage's among those of the one before."""
@@ -512,6 +585,23 @@ def test_executed_flops_equal_torchs_counter(stages):
     assert (head > 0) == bool(stages) and (alive[-1] < n) == bool(stages)
 
 
+def test_late_flops():
+    """With a LateKV, too: the keys and values of what is left behind, and the pairs that see them; torch counts each of 4 + 4
+    rows at full width."""
+    model, n = tiny.build(torch.float32, num_hidden_layers=5, head_dim=8), 40
+    schedule, heads = late_stages(model)
+    heads = {1: PruneHead(32), 2: heads[2].float()}
+    with FlopCounterMode(display=False) as counter:
+        _, cache = prefill(model, tiny.ids(n), heads, schedule)
+    linear, attention, head = executed_flops(model.config, n, [counts[0] for counts in cache.alive], heads)
+    counted = counter.get_flop_counts()["Global"]
+    assert linear + head == sum(v for op, v in counted.items() if "attention" not in str(op))
+    held = [counts[0] for counts in cache.seqlens()]
+    assert held == sdtp.held_counts([40, 24, 8, 8, 8], n, heads) == [40, 24, 24, 24, 24]
+    pairs_seen = sum(sum(k <= q for k in range(m)) for m in held[:2] for q in range(m)) + 3 * (10 + 4 * 24 - 6)
+    assert attention == 4 * 8 * 4 * pairs_seen
+
+
 def test_windowed_flops():
     """Attention FLOPs of a model with windows on some layers are those of the pairs each layer sees."""
     model, n = tiny.build(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1), 30
@@ -583,6 +673,8 @@ def test_fitted_floor():
         assert got.scored() == [4] and abs(cost(got) - budget) <= 26 / 3000 / 2 and got.span == 4
         assert layer in (24, 30) or cost(Schedule(30, {4: 1.0, layer - 1: 0.0})) < budget
     assert floor.fitted(cost, 1.0)[4] == pytest.approx(1)
+    held = Schedule(30, floor, late=True).fitted(cost, 0.9)  # a LateKV is of its layer
+    assert list(held) == [4, 24] and held.late and held[4] == pytest.approx(1) and held[24] == 0.0
     model, heads = tiny.build(), random_heads(tiny.build())
     dense, _ = prefill(model, tiny.ids(40))
     whole = Schedule(3, {1: 0.5, 2: 0.0}).with_ratio(1.0)
@@ -810,6 +902,24 @@ def test_options_round_trip(options, saved):
         assert loaded[layer].options == head.options and options.items() <= head.options.items()
         more = positions, lens, model.layers[layer]
         assert torch.equal(loaded[layer](x, *more), head(x, *more))
+
+
+def test_late_round_trip(saved):
+    """A LateKV comes back beside the heads, and prunes as before; one that its schedule does not name is refused."""
+    model, _, _, folder = saved
+    schedule = Schedule(3, {0: 0.6, 1: 0.0}, late=True)
+    heads = {0: PruneHead(32), 1: LateKV(model.config, 1)}
+    save_heads(folder / "heads", heads, model, schedule)
+    loaded, found, _ = load_heads(folder / "heads", model)
+    assert found == schedule and found.late and isinstance(loaded[1], LateKV)
+    a, b = (prefill(model, tiny.ids(40), h, s)[0] for h, s in ((heads, schedule), (loaded, found)))
+    assert torch.equal(a, b) and not torch.equal(
+        a, prefill(model, tiny.ids(40), {0: heads[0]}, Schedule(3, schedule))[0]
+    )
+    meta = json.loads((folder / "heads" / "heads.json").read_text())
+    (folder / "heads" / "heads.json").write_text(json.dumps(meta | {"late_kv": False}))
+    with pytest.raises(ValueError, match="unexpected tensor 1.proj"):
+        load_heads(folder / "heads", model)
 
 
 def test_heads_written_before_options(saved):

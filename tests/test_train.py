@@ -664,6 +664,60 @@ def test_init(world, monkeypatch):
     assert all((first[name] - second[name]).abs().max() < 1e-5 for name in first)
 
 
+def test_init_as_they_are(world, monkeypatch):
+    """--epochs 0 with --init leaves the heads as they are and fits a LateKV to them; without --init it is refused."""
+    with monkeypatch.context() as patch:
+        run(world, "bare", patch, "--shares", "1:0.6", "--epochs", "1")
+        run(world, "fitted", patch, "--shares", "1:0.6,2:0", "--late", "--epochs", "0", "--init", f"{world}/bare/heads")
+        with pytest.raises(SystemExit, match="--epochs 0"):
+            run(world, "none", patch, "--epochs", "0")
+    bare, fitted = (safetensors.torch.load_file(world / out / "heads/heads.safetensors") for out in ("bare", "fitted"))
+    assert all(torch.equal(bare[name], fitted[name]) for name in bare)
+    assert fitted.keys() - bare.keys() == {"2.proj.weight", "2.proj.bias"}
+    meta = json.loads((world / "fitted" / "heads" / "heads.json").read_text())
+    assert meta["late_kv"] and meta["schedule"] == {"1": 0.6, "2": 0.0}
+    assert not (world / "fitted" / "losses.png").exists()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fit_late(monkeypatch, bias):
+    """The maps are least squares' own but for the rounding to bfloat16; what is linear in the normed state they give exactly; so
+    many tokens are read as LATE_TOKENS asks for."""
+    model = tiny.build(num_hidden_layers=5, attention_bias=bias)
+    examples = [Example(tiny.ids(50, seed).tolist(), tiny.ids(10, seed).tolist()) for seed in range(30)]
+
+    def states():
+        rows, targets = [], [[], []]
+        for e in examples:
+            x, positions = model.embed(torch.tensor(e.prompt + e.response)), torch.arange(60)
+            for layer, block in enumerate(model.layers):
+                if layer == 2:
+                    rows.append(x[4:])
+                if layer > 2:
+                    seen, attention = block.input_layernorm(x), block.self_attn
+                    targets[layer - 3].append(torch.cat((attention.k_proj(seen), attention.v_proj(seen)), -1)[4:])
+                x = block(x, positions, [60])
+        return torch.cat(rows), torch.cat([torch.cat(t) for t in targets], -1)
+
+    x, y = states()
+    z = torch.cat((x / x.pow(2).mean(-1, keepdim=True).sqrt(), torch.ones(len(x), 1)), -1)
+    best = (z @ torch.linalg.lstsq(z, y).solution - y).pow(2).sum()
+    late = train.fit_late(model, examples, 2)
+    assert late.proj.weight.dtype == torch.bfloat16 and not late.proj.weight.requires_grad
+    error = (late(x).flatten(1) - y).pow(2).sum()
+    assert 0.05 * y.pow(2).sum() < best < error < 1.01 * best
+    for block in model.layers[2:]:  # which now add nothing
+        for proj in (block.self_attn.o_proj, block.mlp.down_proj):
+            for p in proj.parameters():
+                p.zero_()
+    x, y = states()
+    late = train.fit_late(model, examples, 2)
+    assert (late(x).flatten(1) - y).pow(2).mean() < 1e-4 * y.pow(2).mean()
+    monkeypatch.setattr(train, "LATE_TOKENS", 100)
+    assert torch.equal(train.fit_late(model, examples, 2).proj.bias, train.fit_late(model, examples[:2], 2).proj.bias)
+    assert not torch.equal(late.proj.bias, train.fit_late(model, examples, 2).proj.bias)
+
+
 @tiny.on_cuda
 def test_run_on_cuda(world, monkeypatch, capsys):
     """The same run on CUDA, the paper's losses and a killed run's resumption included, learns as on the CPU and measures all methods."""
@@ -928,12 +982,16 @@ def test_attend_and_masked_attend_agree_with_nothing_dropped():
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.8])
-@pytest.mark.parametrize("depth, late", [(30, 25), (32, 27), (28, 23), (12, None), (6, 6), (3, 3)])
-def test_default_schedule(depth, late, ratio):
-    """Two stages, the late one down to the protected tokens, with the compute of the paper's at --ratio together; the late one
-    begins later where it alone would leave more to spare than that, up to none."""
-    late = late or {0.9: 11, 0.8: 10}[ratio]
-    schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3), depth)
+@pytest.mark.parametrize("kept", [True, False], ids=["late", "no late"])
+@pytest.mark.parametrize(
+    "depth, late", [(30, (24, 25)), (32, (26, 27)), (28, (22, 23)), (12, None), (6, (6, 6)), (3, (3, 3))]
+)
+def test_default_schedule(depth, late, ratio, kept):
+    """Two stages, the late one down to the protected tokens, with a LateKV or without, with the compute of the paper's at --ratio
+    together; the late one begins later where it alone would leave more to spare than that, up to none."""
+    late = late[not kept] if late else {0.9: 11, 0.8: 10}[ratio]
+    schedule = train.make_schedule(TrainConfig(ratio=ratio, span=3, late=kept), depth)
+    assert schedule.late == (kept and late < depth)
     assert list(schedule) == [0, late][: 1 + (late < depth)] and schedule.span == 3 and schedule.get(late, 0) == 0
     paper = [ratio ** len([s for s in range(min(4, depth - 1), depth, 3) if s <= i][:10]) for i in range(depth)]
     assert schedule[0] * late + 0.1 * (depth - late) == pytest.approx(sum(paper))
