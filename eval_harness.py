@@ -20,7 +20,7 @@ import torch
 import cli
 from cli import clock
 from data import Example, read_text
-from eval_tasks import compare, costs, evaluate, parse, timed_generate
+from eval_tasks import compare, costs, evaluate, parse, ranking, timed_generate
 from model import KVCache
 from sdtp import prefill
 
@@ -326,7 +326,7 @@ def check(config, methods):
         raise ValueError(
             f"--tasks {config.tasks}: rows come from the hub or from --data_dir, not from --text or --data"
         )
-    if "teacher" in [parse(method)[0] for method in methods]:
+    if "teacher" in [ranking(parse(method)[0]) for method in methods]:
         raise ValueError(
             "method teacher ranks by the loss of one response: these tasks have several, choose other --methods"
         )

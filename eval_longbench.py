@@ -37,7 +37,7 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from eval_tasks import (
-    adapted, flops_share, given_scores, needs_heads, parse, policy, run_method, timed_generate,
+    adapted, check_late, flops_share, given_scores, needs_heads, parse, policy, ranking, run_method, timed_generate,
 )  # fmt: skip
 from model import read_json
 from sdtp import fingerprint, generate, heads_sha256, write_atomic
@@ -312,7 +312,7 @@ def answer(tokenizer, dataset, model, examples, rankers=None, schedule=None, kv=
 
 def predict(run, method, stages, model, examples, keys, heads):
     """Results of a batch by one method; a pass before the prefill counts in the seconds."""
-    name, given, start = parse(method)[0], None, clock(model)
+    name, given, start = ranking(parse(method)[0]), None, clock(model)
     if name in ("gemfilter", "self_information"):
         given = given_scores(name, model, examples, None, None, None)
     before = (clock(model) - start) / len(examples)
@@ -526,7 +526,7 @@ def begin(config, model, heads, schedule):
 def chosen(config):
     """(methods, dense first; datasets) of the flags. ValueError names an unknown one."""
     methods = list(dict.fromkeys(["dense", *config.methods.split(",")]))
-    if "teacher" in [parse(m)[0] for m in methods]:
+    if "teacher" in [ranking(parse(m)[0]) for m in methods]:
         raise ValueError("method teacher ranks by the loss of a given response: LongBench has none")
     known = SETS_E if config.e else list(SETS)
     datasets = list(dict.fromkeys(config.datasets.split(","))) if config.datasets else known
@@ -541,6 +541,7 @@ def plans(config, model_config, prompts, methods, schedule, heads):
 
     Adaptive ones are without thresholds yet.
     """
+    check_late(methods, schedule)
     lens = {dataset: int(statistics.median(map(len, ids))) for dataset, ids in prompts.items()}
     return {
         dataset: {m: policy(m, model_config, schedule, heads, n, config.keep) for m in methods}

@@ -68,9 +68,8 @@ ADAPTIVE = tuple(f"{name}_adaptive" for name in ("sdtp", *SCORERS))
 # rankings by whose stages the heads' LateKV takes what goes no further, as it does sdtp's
 LATE = tuple(f"{name}_late" for name in ("teacher", "random", *SCORERS))
 KNOWN = (*dict.fromkeys((*METHODS, *ADAPTIVE, *LATE, *SCORERS, *PEERS)),)
-FLOOR = (
-    5 / 6
-)  # of the layers: from there on scorers, which have no LateKV, leave the protected tokens alone (results/LOG.md, session 6)
+# Of the layers: from there on scorers, which have no LateKV, leave the protected tokens alone (results/LOG.md, session 6)
+FLOOR = 5 / 6
 GEMFILTER_LAYER = 0.4  # share of the layers below the filter (the paper: 13 of 32)
 MORE_TOKENS = 16  # generated beyond the length of a needle's value: room for a few words before it
 
@@ -217,6 +216,13 @@ def ranking(name):
     return name.removesuffix("_adaptive").removesuffix("_late")
 
 
+def check_late(methods, schedule):
+    """ValueError for NAME_late where the heads, whose schedule this is, have no LateKV."""
+    names = [method for method in methods if parse(method)[0] in LATE]
+    if names and not schedule.late:
+        raise ValueError(f"method {names[0]!r} needs heads with a LateKV: train some with train.py --late")
+
+
 def own_heads(name, heads):
     """Of the heads, those that a method runs: all, the LateKV alone, or None."""
     late = name in LATE and late_kv(heads)
@@ -267,7 +273,7 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         "self_information": {0: 0.5},
         "floor": {min(schedule): 0.0},
     }
-    late, floor = schedule.late and name in (*WITH_HEADS, *LATE), round(FLOOR * layers)
+    late, floor = schedule.late and name in (*WITH_HEADS, *LATE), min(round(FLOOR * layers), layers - 1)
     dropping = {layer if share else max(floor, layer): share for layer, share in schedule.items()}
     shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, dropping if schedule.late and not late else schedule)
     stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span), late=late)
@@ -387,7 +393,9 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
     if not examples:
         raise ValueError("no prompt to evaluate on")
     if needs_heads(methods) and not heads:
-        raise ValueError("method sdtp needs heads: give --heads FOLDER, or train some with train.py")
+        first = next(method for method in methods if needs_heads([method]))
+        raise ValueError(f"method {first} needs heads: give --heads FOLDER, or train some with train.py")
+    check_late(methods, schedule)
     if not (schedule and schedule.late) and any(parse(method)[0] in LATE for method in methods):
         raise ValueError(
             f"methods {', '.join(LATE[:2])}, ... need heads with a LateKV: train some with train.py --late"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from model import attend, attention_weights
 from scorers import accumulated
-from sdtp import keep_count, looked_at, pairs
+from sdtp import FIRST_TOKENS, keep_count, looked_at, pairs
 
 WINDOW, POOL = 32, 7  # SnapKV's, with the maximum over neighbours, as in its LongBench runs
 METHODS = ("h2o", "snapkv")
@@ -97,7 +97,8 @@ class Compression:
             scores = accumulated(q, k, positions, k_positions)[:, : K - recent]
         else:
             recent = WINDOW
-            seen = attention_weights(q[-recent:], k, positions[-recent:], k_positions)[..., :-recent].sum(1)
+            last = positions >= k_positions[-recent]  # fewer than 32 where a LateKV leaves some of these behind
+            seen = attention_weights(q[last], k, positions[last], k_positions)[..., :-recent].sum(1)
             scores = F.max_pool1d(seen.unflatten(0, (heads, -1)).sum(1), POOL, stride=1, padding=POOL // 2)
         order = scores.flip(1).argsort(descending=True, stable=True)[:, : count - recent]
         return torch.cat((K - recent - 1 - order, everything[:, K - recent :]), 1).sort().values.T
@@ -109,9 +110,10 @@ class Compression:
         """
         products = 0
         for t, keys in zip(alive, held or alive):
-            if keys > self.count(n):  # all queries, or the last alone
-                whole = self.method == "h2o"
-                products += pairs(t) + looked_at(t, keys - t) if whole else pairs(keys) - pairs(keys - WINDOW)
+            if keys > self.count(n) and self.method == "h2o":
+                products += pairs(t) + looked_at(t, keys - t)
+            elif keys > self.count(n):  # the last queries alone
+                products += pairs(keys) - pairs(keys - min(WINDOW, t - FIRST_TOKENS if keys > t else t))
         return 2 * config.head_dim * config.num_attention_heads * products
 
 

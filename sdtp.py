@@ -5,7 +5,7 @@ dropped, and every later layer runs on fewer tokens. `prefill` below is the whol
 
     heads, schedule, _ = load_heads("heads/smollm2-135m-q4", model)
     logits, cache = prefill(model, torch.tensor(ids), heads, schedule)
-    cache.seqlens()  # tokens alive, per layer
+    cache.alive, cache.seqlens()  # tokens alive and tokens held, per layer
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from model import KVCache, attention_weights, read_json, sdpa, visible
+from model import KVCache, attend, attention_weights, read_json, visible
 
 FIRST_TOKENS, LAST_SHARE = 4, 0.1  # always kept: the first 4 tokens and the last 10 % of the prompt
 
@@ -397,7 +397,7 @@ class LateKV(nn.Module):
         super().__init__()
         later = config.num_hidden_layers - layer - 1
         self.layer, self.shape = layer, (later, 2, config.num_key_value_heads, config.head_dim)
-        self.proj = nn.Linear(config.hidden_size, math.prod(self.shape))
+        self.proj = nn.Linear(config.hidden_size, math.prod(self.shape), dtype=torch.bfloat16)  # half the file
 
     def forward(self, x):
         """x: (T, hidden_size), the input of block `layer` -> (T, later layers, 2, Hkv, D): keys, not rotated yet, and values."""
@@ -423,29 +423,35 @@ class Left:
 
     def __init__(self, late, block, x, positions, seqlens, keep, kept):
         gone = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, keep, False)
-        x, self.positions = x[gone], positions[gone]
-        positions, self.seqlens = self.positions, [n - k for n, k in zip(seqlens, kept)]
+        x, self.positions, self.layer = x[gone], positions[gone], late.layer
+        self.seqlens = [n - k for n, k in zip(seqlens, kept)]
         attention, later = block.self_attn, (kv.unbind(1) for kv in late(x).unbind(1))
-        own = attention.kv(block.input_layernorm(x), positions)
-        self.kv = [own, *((attention.rope(k, positions), v) for k, v in later)]
+        self.kv = [attention.kv(block.input_layernorm(x), self.positions)]
+        self.kv += [(attention.rope(k, self.positions), v) for k, v in later]
 
-    def attend(self, cache, kv, prompt_lens):
-        """model.attend of the next layer's prefill: its rows see these tokens too, and the empty LayerCache holds both, or what kv keeps."""
-        k_left, v_left = self.kv.pop(0)
+    def attend(self, layer, cache, kv, prompt_lens):
+        """model.attend of a layer's prefill: its rows see these tokens too, and its empty LayerCache holds both, or what kv keeps."""
+        k_left, v_left = self.kv[layer - self.layer]
 
         def attend_to_both(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
             columns = [t.split(seqlens) for t in (q, k, v, positions)]
             left = [t.split(self.seqlens) for t in (k_left, v_left, self.positions)]
-            rows = []
+            rows, parts = [], []
             for q, k, v, p, k_more, v_more, p_more in zip(*columns, *left):
                 both, order = torch.cat((p, p_more)).sort()
-                rows.append((q, torch.cat((k, k_more))[order], torch.cat((v, v_more))[order], p, both))
+                k_both, v_both = torch.cat((k, k_more))[order], torch.cat((v, v_more))[order]
+                rows.append((q, k_both, v_both, p, both))
+                # attend() wants a sequence's last tokens: the first, which see nothing that is left behind, are one by themselves
+                parts += [
+                    [t[:FIRST_TOKENS] for t in (q, k, v, p, p)],
+                    (q[FIRST_TOKENS:], k_both, v_both, p[FIRST_TOKENS:], both),
+                ]
             if kv:
                 cache.append(*kv.kept(rows, prompt_lens, window))
             else:
-                _, k, v, _, p = zip(*rows)
-                cache.append(*map(torch.cat, (k, v, p)), list(map(len, p)))
-            return torch.cat([sdpa(*row, window) for row in rows])
+                cache.append(*(torch.cat([row[i] for row in rows]) for i in (1, 2, 4)), [len(row[4]) for row in rows])
+            q, k, v, p, both = zip(*(part for part in parts if len(part[0])))
+            return attend(*map(torch.cat, (q, k, v, p, both)), list(map(len, p)), list(map(len, both)), window)
 
         return attend_to_both
 
@@ -610,9 +616,10 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     scorers, schedule = scorers or {}, schedule or {}
     if scorers and not schedule or schedule and not set(schedule.scored()) <= scorers.keys():
         raise ValueError("pruning needs both: a schedule, and a scorer for each of its stages with a share above 0")
-    if (late_kv(scorers) is not None) != bool(schedule and schedule.late):
+    late = late_kv(scorers)
+    if bool(schedule and schedule.late) != (late is not None) or late and schedule.get(late.layer) != 0:
         raise ValueError(
-            "a schedule with late=True needs a LateKV at its share of 0, and no other schedule has use for one"
+            "a schedule with late=True needs a LateKV of the layer of its share of 0, and no other schedule has use for one"
         )
     cache = KVCache(len(model.layers)) if cache is None else cache
     if cache[0].seqlens:
@@ -623,12 +630,12 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
             scores = scorers[layer](x, positions, seqlens, block) if schedule[layer] else positions.float()
             shares[layer] = schedule.shares(layer, scores, positions, seqlens, prompt_lens)
             keep, kept = select(scores, positions, shares[layer], seqlens, prompt_lens, schedule.span)
-            if schedule.late and not schedule[layer]:
-                left = Left(scorers[layer], block, x, positions, seqlens, keep, kept)
+            if late and not schedule[layer]:
+                left = Left(late, block, x, positions, seqlens, keep, kept)
             x, positions, seqlens = x[keep], positions[keep], kept
         cache.alive.append(seqlens)
         if left:
-            x = block(x, positions, seqlens, attend=left.attend(cache[layer], kv, prompt_lens))
+            x = block(x, positions, seqlens, attend=left.attend(layer, cache[layer], kv, prompt_lens))
         elif kv:
             x = block(x, positions, seqlens, attend=kv.attend(cache[layer], prompt_lens))
         else:
@@ -647,7 +654,8 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None, scorers=None):
     alive = [schedule.alive(n, s) if schedule else [n] * len(cache.layers) for n, s in zip(prompt_lens, asked)]
     kept = [held_counts(counts, n, scorers) for counts, n in zip(alive, prompt_lens)]
     kept = [kv.held(counts, n) for counts, n in zip(kept, prompt_lens)] if kv else kept
-    for what, found, wanted in (("pruning", cache.alive, alive), ("compression", cache.seqlens(), kept)):
+    held = "compression" if kv else "LateKV" if late_kv(scorers) else "pruning"
+    for what, found, wanted in (("pruning", cache.alive, alive), (held, cache.seqlens(), kept)):
         for layer, (held, counts) in enumerate(zip(found, zip(*wanted))):
             if held != list(counts):
                 raise RuntimeError(

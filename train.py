@@ -590,7 +590,7 @@ def fit_late(model, examples, layer):
     maps = torch.linalg.solve(gram + ridge, cross).float()
     late.proj.weight.copy_(maps[:-1].T)
     late.proj.bias.copy_(maps[-1])
-    return late.to(model.device, torch.bfloat16).requires_grad_(False)
+    return late.to(model.device).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- the loop

@@ -342,7 +342,7 @@ def test_late_methods():
         == 2 * 16 * 8 * sum(stages.alive(n)[i] for i in (0, 1, 2, 2, 2, 2))
     )
     assert rows["sdtp+h2o"]["kv_bytes"] == 2 * 16 * 8 * 16 * 6
-    with pytest.raises(ValueError, match="need heads with a LateKV"):
+    with pytest.raises(ValueError, match="'random_late' needs heads with a LateKV"):
         perplexity(model, examples, ["random_late"], STAGES, {layer: PruneHead(32) for layer in STAGES})
 
 

@@ -296,7 +296,11 @@ def test_late(fields, method):
     seen = [60] + [
         10
     ] * 2  # queries per layer; the last six see all that is left behind, the first four of them nothing
-    pairs = [sum(range(61)), *[sum(range(11)) + 6 * 50] * 2] if method == "h2o" else [sum(range(29, 61))] * 3
+    pairs = (
+        [sum(range(61)), *[sum(range(11)) + 6 * 50] * 2]
+        if method == "h2o"
+        else [sum(range(29, 61)), *[sum(range(55, 61))] * 2]
+    )
     assert kv.flops(model.config, seen, 60, [60] * 3) == 2 * 8 * 4 * sum(pairs)
 
 
