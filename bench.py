@@ -365,7 +365,7 @@ def speed(seconds, dense):
 
 
 def work(model, ids, heads=None, schedule=None, kv=None):
-    """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads too.
+    """The counted fields of a row, from one prefill with a cache for the prompt alone; linear: LM and pruning heads and LateKV too.
 
     A Compression's scores count as attention, and the bytes are those that it leaves.
     """
@@ -391,7 +391,7 @@ def work(model, ids, heads=None, schedule=None, kv=None):
 
 
 def heads_seconds(model, ids, heads, schedule):
-    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather there."""
+    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather there. A LateKV is in none of them."""
     ticks = []
 
     def started(head, *args):

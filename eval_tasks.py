@@ -6,9 +6,10 @@ python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # 
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
 python eval_tasks.py --tasks boolq,piqa --methods dense,sdtp   # tasks of lm-evaluation-harness: see eval_harness.py
 
-All methods of a table execute the same prefill FLOPs at the median prompt; NAME_adaptive keeps of each prompt the spans
+All methods of a table execute the same prefill FLOPs at the median prompt, or fewer where nothing is left to keep; NAME_adaptive keeps of each prompt the spans
 above a threshold, the same for all of the table, together as many tokens (other prompts, another threshold). --rows
 FILE.jsonl keeps what every prompt gave: a killed run goes on, and a method can be added later to the same prompts.
+NAME_late ranks by NAME and has sdtp's stages, where the heads' LateKV takes what goes no further.
 METHOD+h2o or METHOD+snapkv leaves 40 % of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
 """
 
@@ -568,7 +569,6 @@ def needs_heads(methods):
 def print_table(rows):
     """The rows of perplexity() or needle(), aligned, budget by budget."""
     found, bounds = "accuracy" in rows[0], "[{:+.1%}, {:+.1%}]".format
-    kv = any(compressed(row["method"]) for row in rows)
     width = max(map(len, ["method", *(row["method"] for row in rows)]))
     value = f"{'accuracy':>9} {'diff':>9}" if found else f"{'loss':>7} {'ppl':>8} {'ppl diff':>9}"
     for keep, part in groupby(rows, lambda row: row["keep"]):
@@ -576,7 +576,7 @@ def print_table(rows):
             print(f"at the FLOPs of the paper's stages with r = {keep:g}")
         print(
             f"{'method':<{width}} {value} {'95 % interval':>18} {'over sdtp':>10} {'95 % interval':>18}"
-            f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8}" + f" {'KV MiB':>8}" * kv
+            f" {'mean alive':>11} {'1/tau':>6} {'FLOPs':>6} {'prefill':>8} {'KV MiB':>8}"
         )
         for r in part:
             over = f"{r['over_sdtp']:+.1%}" if "over_sdtp" in r else ""
@@ -586,8 +586,7 @@ def print_table(rows):
             print(
                 f"{r['method']:<{width}} {cells} {bounds(r['low'], r['high']):>18} {over:>10} {span:>18}"
                 f" {r['mean_alive']:11.3f} {r['compression']:5.2f}x {r['flops_share']:6.3f} {r['prefill_speedup']:7.2f}x"
-                + f" {r['kv_bytes'] / 2**20:8.2f}" * kv
-                + " at the floor" * (r["at_floor"] == 1)
+                f" {r['kv_bytes'] / 2**20:8.2f}" + " at the floor" * (r["at_floor"] == 1)
             )
     first = rows[0]
     scored = ", dense below 50 %" * first["dense_fails"] if found else f", {first['scored_tokens']} tokens scored"

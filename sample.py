@@ -84,7 +84,7 @@ def report(n, new_tokens, times, cache, schedule, kv):
         f"\n\n[{name}] tokens alive per layer: {' '.join(map(str, alive))}"
         + " (the floor: protected tokens only)" * bool(floor)
     )
-    if kv:
+    if held != alive:  # KV compression, or a LateKV
         print(f"[{name}] tokens in the KV cache per layer: {' '.join(map(str, held))}")
     print(
         f"[{name}] mean alive {row['mean_alive']:.1%} of {n} | first token {row['first_token_s'] * 1000:.0f} ms"

@@ -53,15 +53,14 @@ def last_attention(w=8, heads="mean", pool=1):
     return scorer
 
 
-def accumulated(q, k, positions, k_positions=None, window=None, rows=64):
+def accumulated(q, k, positions, k_positions, window=None, rows=64):
     """Attention that each token gets from all later ones and itself, summed over them and the query heads of a key head.
 
-    q: (T, Hq, D), k: (K, Hkv, D) of one sequence -> (Hkv, K), float32 or wider; positions: (T,), k_positions: (K,), default the
-    same. By blocks of at most `rows` query rows and 2**25 weights: never a whole map; 64 took half the time of 256 (1,024
+    q: (T, Hq, D), k: (K, Hkv, D) of one sequence -> (Hkv, K), float32 or wider; positions: (T,), k_positions: (K,).
+    By blocks of at most `rows` query rows and 2**25 weights: never a whole map; 64 took half the time of 256 (1,024
     tokens of SmolLM2-135M, one core).
     """
     (K, Hkv, _), (T, Hq, _) = k.shape, q.shape
-    k_positions = positions if k_positions is None else k_positions
     stops = torch.searchsorted(k_positions, positions, right=True).tolist()  # of the keys that each row may see
     rows = max(1, min(rows, 2**25 // (Hq * K)))
     total = torch.zeros(Hkv, K, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -77,7 +76,7 @@ def accumulated_attention(x, positions, seqlens, block, rows=64):
     """accumulated(), summed over the heads: the score of H2O (Zhang et al. 2023)."""
     q, k, _ = block.self_attn.qkv(block.input_layernorm(x), positions)
     parts = zip(q.split(seqlens), k.split(seqlens), positions.split(seqlens))
-    return torch.cat([accumulated(q, k, p, None, block.self_attn.window, rows).sum(0) for q, k, p in parts])
+    return torch.cat([accumulated(q, k, p, p, block.self_attn.window, rows).sum(0) for q, k, p in parts])
 
 
 def last_query(x, positions, seqlens, block, pool=5):

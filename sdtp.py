@@ -1,7 +1,8 @@
 """Saliency-driven Dynamic Token Pruning (Tao et al. 2025, arXiv 2504.04514): the method.
 
 While a frozen LLM reads a prompt, tiny heads score the tokens at a few layers, the lowest are
-dropped, and every later layer runs on fewer tokens. `prefill` below is the whole of it.
+dropped, and every later layer runs on fewer tokens. `prefill` below is the whole of it. LateKV is
+ours: in the last layers what goes no further leaves keys and values.
 
     heads, schedule, _ = load_heads("heads/smollm2-135m-q4", model)
     logits, cache = prefill(model, torch.tensor(ids), heads, schedule)
@@ -54,8 +55,8 @@ class Schedule(dict):
     Schedule(30) has the paper's stages, as many as fit: layers 4, 7, 10, ... (at most 10), where after
     stage s a share ratio**s is alive. Schedule(30, {4: 0.7, 10: 0.5}) is any other. span: neighbouring tokens
     that are scored, kept or dropped together (1: the paper's). A stage with a share of 0 leaves the protected tokens
-    alone, and needs no scorer; late: a LateKV stands there, so that the others stay in the caches. ValueError names a layer outside the model, a share outside [0, 1] or above the one
-    before, or a span below 1.
+    alone, and needs no scorer; late: a LateKV stands there, and the others stay in the caches. ValueError names a layer
+    outside the model, a share outside [0, 1] or above the one before, a span below 1, or what late lacks.
 
     adaptive, not the paper's: a prompt keeps the spans that score threshold[layer] or more, so that one with little to lose
     drops more than another, and a long one more than a short one. The scores of different prompts must be comparable,
@@ -111,7 +112,8 @@ class Schedule(dict):
         return [layer for layer, share in self.items() if share]
 
     def mean_share(self):
-        """Share of a long prompt alive, mean over the layers: what linear FLOPs go by. The last tenth always is."""
+        """Share of a long prompt alive, mean over the layers: what linear FLOPs go by, a LateKV's aside. The last tenth
+        always is."""
         ends = [*list(self)[1:], self.num_hidden_layers]
         alive = min(self) + sum(
             max(share, LAST_SHARE) * (end - layer) for (layer, share), end in zip(self.items(), ends)
@@ -123,8 +125,8 @@ class Schedule(dict):
 
         cost: function of a Schedule, in units of a dense prefill, that falls as shares fall. A stage with share 0 keeps it;
         if it alone makes the schedule cheaper than the budget, it moves to the first later layer where it does not, or is
-        left out, unless a LateKV holds it. A budget that cannot be spent gives shares of 1. ValueError for one out of reach: all tokens are alive below
-        the first stage.
+        left out, unless a LateKV holds it. A budget that cannot be spent gives shares of 1. ValueError for one out of
+        reach: all tokens are alive below the first stage.
         """
 
         def powered(power):
@@ -387,10 +389,10 @@ def linear(module, x):
 class LateKV(nn.Module):
     """Keys and values of all layers after one, foretold from a token's state there: what it leaves behind if it goes no further.
 
-    Not the paper's. Of a prompt's tokens a response needs the keys and values alone, and those of late layers are nearly
-    linear in an earlier state: one linear map for each such layer, which train.py fits (fit_late), costs as much as the model's own two
-    projections, 6 % of a block of SmolLM2-135M, instead of all of it. SwiftKV (Qiao et al. 2024, arXiv 2410.03960) has
-    the model's own projections read the early state, and trains them; here the model is frozen.
+    Not the paper's. Of most of a prompt a response needs the keys and values alone, and those of late layers are nearly
+    linear in an earlier state. One linear map for each such layer, which train.py fits (fit_late), costs as much as the
+    model's own two projections: 6 % of a block of SmolLM2-135M. SwiftKV (Qiao et al. 2024, arXiv 2410.03960) has the
+    model's own projections read the early state, and trains them; here the model is frozen.
     """
 
     def __init__(self, config, layer):
@@ -482,7 +484,7 @@ def write_atomic(path, data):
 
 
 def heads_bytes(heads):
-    """What heads.safetensors holds, of {layer: PruneHead}."""
+    """What heads.safetensors holds, of {layer: PruneHead or LateKV}."""
     tensors = {
         f"{layer}.{name}": p.detach().cpu() for layer, head in heads.items() for name, p in head.state_dict().items()
     }
@@ -609,8 +611,9 @@ def prefill(model, ids, scorers=None, schedule=None, seqlens=None, cache=None, k
     scorers: {layer: head or any callable of a head's call, or a LateKV at a share of 0}; schedule: a Schedule, None or {} for
     dense; cache: an empty KVCache to fill; kv: a kv.Compression of what each layer leaves in it. Returns (logits of
     each prompt's last token (B, vocab_size), cache); cache.alive is the tokens alive, [layer][prompt]. ValueError for a
-    used cache, a stage without a scorer, or scorers without a schedule. RuntimeError when the tokens alive at a layer,
-    or those that its cache holds, are not as many as schedule and kv ask for.
+    used cache, a stage without a scorer, scorers without a schedule, or a LateKV that the schedule does not name.
+    RuntimeError when the tokens alive at a layer, or those that its cache holds, are not as many as schedule, LateKV and
+    kv ask for.
     """
     seqlens = prompt_lens = [len(ids)] if seqlens is None else list(seqlens)
     scorers, schedule = scorers or {}, schedule or {}

@@ -338,8 +338,10 @@ def run_schedule(config):
         raise ValueError(f"--layers {config.layers} --shares {config.shares}: numbers with commas are needed") from None
     cli.at_least(1, config, "prompts", "span")
     model, folder = cli.load_model(config)
-    heads, own, _ = load_heads(config.heads, model) if config.scorer == "sdtp" else (None, None, None)
-    heads = heads and {layer: heads[layer] for layer in own.scored()}  # no LateKV
+    heads = None
+    if config.scorer == "sdtp":
+        heads, own, _ = load_heads(config.heads, model)
+        heads = {layer: heads[layer] for layer in own.scored()}  # no LateKV
     layers = list(heads or layers)
     training, _ = data.load(config.data or "pydoc,made", Tokenizer(folder), config.prompt_len)
     if len(training) < 2 * config.prompts:

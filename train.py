@@ -9,7 +9,8 @@
 Each step marks a batch of packed prompts with the teacher (saliency.py) and trains the heads to rank the spans of their
 tokens likewise, within a prompt (L_list) and between prompts (L_level), from the dense model's hidden states. With
 --paper, or --lm_weight, it then runs the model once more with attention masked where the heads would drop a token, so
-that they learn from what their pruning does too:
+that they learn from what their pruning does too (below). At the end the maps of the LateKV are fitted to dense passes
+(fit_late): by --init HEADS --epochs 0 for heads that stay as they are.
 (paper eq. 8) L = L_lm + L_mse + L_rank, with --distill beside L_lm the KL divergence from the dense model's predictions.
 """
 
@@ -55,7 +56,7 @@ class TrainConfig:
     # the method
     first_layer: int = 4  # first of --stages (layers count from 0)
     step: int = 3  # layers from stage to stage
-    stages: int = 0  # stages at most, as many as fit (0: ours, see LATE in train.py)
+    stages: int = 0  # stages at most, as many as fit (0: ours, see LATE_LAYER in train.py)
     ratio: float = 0.9  # share kept at each of the paper's stages; other stages keep what costs as much
     shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
     span: int = 16  # neighbouring tokens scored, kept and dropped together
@@ -119,7 +120,7 @@ class TrainConfig:
 # one from which on only the protected go on: at this share of the layers with a LateKV, at eval_tasks.FLOOR, where hardly anything
 # still is read, without (results/LOG.md, sessions 4 to 9 and 17); shares fitted to --ratio. Found on 30 layers; with 16 or fewer the
 # late one costs about the budget alone, or moves up, or goes (Schedule.fitted), and the early one drops little: give --stages or --shares there.
-LATE = 4 / 5
+LATE_LAYER = 4 / 5
 LATE_TOKENS = 2**17  # of the training prompts that its maps are fitted to, about
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "late": False, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
@@ -342,7 +343,9 @@ def losses(model, heads, batch, schedule, config):
 def pruned_losses(model, heads, ids, seqlens, prompt_lens, free, schedule, config):
     """({"lm": L_lm, "distill": KL(dense || pruned), with --distill}, share of droppable tokens alive per stage, head logits)
     of the masked forward; both losses are means over the response's tokens."""
-    held = {layer: share if config.hold_share or not share else None for layer, share in schedule.items()}
+    # what a LateKV leaves behind is read on, nearly as if it went on: its stage hides nothing
+    stages = {layer: schedule[layer] for layer in (schedule.scored() if schedule.late else schedule)}
+    held = {layer: share if config.hold_share or not share else None for layer, share in stages.items()}
     x, logits, masks = masked_forward(
         model, heads, ids, seqlens, prompt_lens, free, held, recompute(model, config),
         tau=config.tau, span=schedule.span, noise=config.noise,
@@ -703,7 +706,8 @@ def check_flags(config):
     """ValueError for a flag out of its range."""
     cli.one_of(config, teacher=saliency.TEACHERS, label_loss=saliency.LABEL_LOSSES)
     cli.one_of(config, rank_reduction=("mean", "sum"), checkpoint_blocks=("auto", "on", "off"))
-    cli.at_least(0 if config.init else 1, config, "epochs")
+    if config.epochs or not config.init:  # with --init, 0 are enough to fit a LateKV to heads that stay as they are
+        cli.at_least(1, config, "epochs")
     cli.at_least(1, config, "batch_tokens", "accumulate", "checkpoint_every", "step", "rank_pairs")
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(
@@ -731,11 +735,13 @@ def make_schedule(config, num_hidden_layers):
     """The Schedule of --shares, or of the stages with the compute of --ratio; ValueError for a malformed one."""
     if config.shares:
         shares = given_shares(config.shares)
-        return Schedule(num_hidden_layers, shares, span=config.span, late=config.late and 0 in shares.values())
+        return Schedule(
+            num_hidden_layers, shares, span=config.span, late=config.late and [*shares.values()].count(0) == 1
+        )
     if config.stages:
         stages = {"first_layer": config.first_layer, "step": config.step, "stages": config.stages}
     else:
-        depths = {0: 0.75, LATE if config.late else FLOOR: 0.0}
+        depths = {0: 0.75, LATE_LAYER if config.late else FLOOR: 0.0}
         stages = {"shares": {round(depth * num_hidden_layers): share for depth, share in depths.items()}}
     schedule = Schedule(num_hidden_layers, **stages, span=config.span).with_ratio(config.ratio)
     return Schedule(num_hidden_layers, schedule, span=config.span, late=config.late and 0 in schedule.values())
@@ -771,6 +777,7 @@ def prompts(config, tokenizer, model):
 def measure(model, heads, held_out, schedule, history, config):
     """Both figures and the table of all methods on the held-out prompts, in out_dir."""
     out = Path(config.out_dir)
+    (out / "losses.png").unlink(missing_ok=True)
     if history:
         draw_losses(history, out / "losses.png")
     draw_predictions(model, heads, held_out, schedule, config, out / "predictions.png")
@@ -784,7 +791,7 @@ def measure(model, heads, held_out, schedule, history, config):
     rows = perplexity(model, held_out, methods, schedule, heads, rows=config.eval_rows, **settings)
     print_table(rows)
     cli.write_rows(out / "eval.json", rows, source=config.data, seed=config.seed)
-    print(f"table in {out / 'eval.json'}, figures losses.png and predictions.png in {out}/")
+    print(f"table in {out / 'eval.json'}, figures{' losses.png and' * bool(history)} predictions.png in {out}/")
 
 
 def main():

@@ -16,8 +16,9 @@ import download
 import scorers
 import sdtp
 from bench import SHAPES, cpu_peak_bytes, random_model, rss_bytes, shape_fields
+from kv import Compression
 from model import Config, Transformer
-from sdtp import PruneHead, Schedule, generate, prefill, select
+from sdtp import LateKV, PruneHead, Schedule, generate, prefill, select
 
 
 def test_paper_table():
@@ -148,6 +149,26 @@ def test_heads_seconds(monkeypatch):
         monkeypatch.setattr(block, "forward", partial(takes, 100, block.forward))
     heads = {layer: partial(takes, 5, scorers.most_recent) for layer in (1, 3)}
     assert bench.heads_seconds(model, tiny.ids(40), heads, Schedule(4, {1: 0.6, 3: 0.4})) == 2 * (5 + 2)
+
+
+def test_late_is_counted(monkeypatch):
+    """With a LateKV a row has what is alive and what is held apart, both in its FLOPs; kvpress keeps as much as is held; heads alone are timed."""
+    model, n = tiny.build(torch.float32, num_hidden_layers=5), 40
+    schedule, heads = Schedule(5, {1: 0.6, 3: 0.0}, late=True), {1: PruneHead(32), 3: LateKV(model.config, 3)}
+    row = bench.work(model, tiny.ids(n), heads, schedule)
+    assert row["alive"] == [40, 24, 24, 8, 8] and row["held"] == [40, 24, 24, 24, 24]
+    assert row["kv_bytes"] == 2 * 16 * 4 * sum(row["held"])
+    assert row["prefill_flops"] == sum(sdtp.executed_flops(model.config, n, row["alive"], heads))
+    assert row["prefill_flops"] > sum(sdtp.executed_flops(model.config, n, row["alive"], {1: heads[1]}))
+    compressed = bench.work(model, tiny.ids(n), heads, schedule, Compression("h2o", 0.4))
+    more = Compression("h2o", 0.4).flops(model.config, row["alive"], n, row["held"])
+    assert compressed["prefill_flops"] == row["prefill_flops"] + more and compressed["held"] == [16] * 5
+    asked = []
+    peer = type("Peer", (), {"ask": lambda self, **how: asked.append(how["compression_ratio"])})()
+    bench.requests({"kvpress": peer}, tiny.ids(n), {0.9: schedule}, heads)["kvpress", 0.9]()
+    assert asked == [1 - sum(row["held"]) / 5 / n]
+    monkeypatch.setattr(bench, "clock", lambda model, ticks=iter([2.0, 7.0]): next(ticks))
+    assert bench.heads_seconds(model, tiny.ids(n), heads, schedule) == 5
 
 
 def test_transformers_generate(tmp_path):

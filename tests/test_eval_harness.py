@@ -277,6 +277,7 @@ def test_script_goes_on(tmp_path, monkeypatch, capsys):
         ("--tasks boolq --data_dir nowhere", "nowhere/boolq_val.jsonl does not exist"),
         ("--tasks piqa --data_dir .", "piqa_valid.jsonl does not hold the rows of piqa"),
         ("--tasks boolq --data_dir . --methods teacher", "ranks by the loss of one response"),
+        ("--tasks boolq --data_dir . --methods teacher_late", "ranks by the loss of one response"),
         ("--tasks boolq --data_dir . --text t.txt", "not from --text or --data"),
     ],
 )

@@ -531,6 +531,7 @@ def test_zip(place, tmp_path):
         (["--e", "--datasets", "vcsum"], "unknown dataset 'vcsum' .known in LongBench-E"),
         (["--methods", "sdtp,best"], "unknown method 'best'"),
         (["--methods", "teacher"], "teacher"),
+        (["--methods", "teacher_late"], "teacher"),
         (["--datasets", "lcc"], "lcc.jsonl does not exist"),
         (["--limit", "-1"], "--limit -1"),
         (["--max_length", "1"], "--max_length 1"),

@@ -264,7 +264,7 @@ def test_accumulated(fields):
         for g in range(k.shape[1])
     ]
     for rows in (1, 6, 256):
-        got = scorers.accumulated(q, k, torch.tensor(p), rows=rows)
+        got = scorers.accumulated(q, k, torch.tensor(p), torch.tensor(p), rows=rows)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
     some = [0, 1, 7, 8, 15, 19]  # rows of which alone there are queries
     expected = [
@@ -310,7 +310,7 @@ def test_scores_come_in_blocks(monkeypatch):
     note = lambda q, k, *rest: shapes.append((len(q), *k.shape)) or real(q, k, *rest)
     monkeypatch.setattr(scorers, "attention_weights", note)
     q, k = torch.randn(150, 4, 8), torch.randn(150, 2, 8)
-    scorers.accumulated(q, k, torch.arange(150))
+    scorers.accumulated(q, k, torch.arange(150), torch.arange(150))
     assert shapes == [(64, 64, 2, 8), (64, 128, 2, 8), (22, 150, 2, 8)]
 
 
