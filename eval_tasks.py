@@ -598,18 +598,19 @@ def draw(rows, path):
     """PPL difference with its interval against executed FLOPs, in per cent of dense's: a line for each method."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(9, 5))
+    axis.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors))
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
         part = sorted((row for row in rows if row["method"] == method), key=lambda row: row["flops_share"])
         x, y, low, high = ([100 * row[name] for row in part] for name in ("flops_share", "ppl_diff", "low", "high"))
         (line,) = axis.plot(x, y, marker="o", label=method)
-        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.08, linewidth=0)
     axis.axhline(0, color="gray", linewidth=0.8)
     mean = rows[0]["prompt_tokens"] / rows[0]["prompts"]
     axis.set(title=f"{rows[0]['prompts']} prompts of {mean:.0f} tokens on average")
     axis.set(xlabel="executed prefill FLOPs, % of dense", ylabel="PPL difference, %")
-    axis.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.set_layout_engine("constrained")
     cli.save_figure(figure, path)
 
 
