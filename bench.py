@@ -371,9 +371,8 @@ def work(model, ids, heads=None, schedule=None, kv=None):
     """
     cache = prefill(model, ids, heads, schedule)[1]
     alive, held = [counts[0] for counts in cache.alive], [layer.rows()[2] for layer in cache.layers]
-    positions = [
-        p if len(p) == count else count for p, count in zip(held, alive)
-    ]  # a LateKV's layers hold more than is alive
+    # a LateKV's layers hold more than is alive
+    positions = [p if len(p) == count else count for p, count in zip(held, alive)]
     linear, attention, head = executed_flops(model.config, len(ids), positions, heads)
     if kv:
         attention += kv.flops(model.config, alive, len(ids), [len(p) for p in held])
@@ -391,7 +390,7 @@ def work(model, ids, heads=None, schedule=None, kv=None):
 
 
 def heads_seconds(model, ids, heads, schedule):
-    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather there. A LateKV is in none of them."""
+    """Seconds of one pruned prefill from each head's call to its block's: scores, selection and gather there, a LateKV aside."""
     ticks = []
 
     def started(head, *args):

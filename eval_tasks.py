@@ -6,11 +6,12 @@ python eval_tasks.py --text FILE.txt --methods dense,dense+h2o,sdtp,sdtp+h2o  # 
 python eval_tasks.py --tasks needle --text FILE.txt        # exact match: a number hidden in the text
 python eval_tasks.py --tasks boolq,piqa --methods dense,sdtp   # tasks of lm-evaluation-harness: see eval_harness.py
 
-All methods of a table execute the same prefill FLOPs at the median prompt, or fewer where nothing is left to keep; NAME_adaptive keeps of each prompt the spans
-above a threshold, the same for all of the table, together as many tokens (other prompts, another threshold). --rows
-FILE.jsonl keeps what every prompt gave: a killed run goes on, and a method can be added later to the same prompts.
-NAME_late ranks by NAME and has sdtp's stages, where the heads' LateKV takes what goes no further.
-METHOD+h2o or METHOD+snapkv leaves 40 % of a prompt's keys and values after the prefill, METHOD+h2o@0.2 20 %.
+All methods of a table execute the same prefill FLOPs at the median prompt, or fewer where nothing is left to keep;
+NAME_adaptive keeps of each prompt the spans above a threshold, the same for all of the table, together as many tokens
+(other prompts, another threshold). NAME_late ranks by NAME and has sdtp's stages, where the heads' LateKV takes what
+goes no further. --rows FILE.jsonl keeps what every prompt gave: a killed run goes on, and a method can be added later
+to the same prompts. METHOD+h2o or METHOD+snapkv leaves 40 % of a prompt's keys and values after the prefill,
+METHOD+h2o@0.2 20 %.
 """
 
 import hashlib
@@ -274,9 +275,11 @@ def policy(method, config, schedule, heads, n, keep=0.0):
         "self_information": {0: 0.5},
         "floor": {min(schedule): 0.0},
     }
-    late, floor = schedule.late and name in (*WITH_HEADS, *LATE), min(round(FLOOR * layers), layers - 1)
-    dropping = {layer if share else max(floor, layer): share for layer, share in schedule.items()}
-    shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, dropping if schedule.late and not late else schedule)
+    late, shares = schedule.late and name in (*WITH_HEADS, *LATE), schedule
+    if schedule.late and not late:
+        floor = min(round(FLOOR * layers), layers - 1)
+        shares = {layer if share else max(floor, layer): share for layer, share in schedule.items()}
+    shares = dict(zip(at, (0.5, 0.0))) if at else own.get(name, shares)
     stages = Schedule(layers, shares, span=span or (1 if name in PEERS else schedule.span), late=late)
     if name == "floor":
         return stages
@@ -337,8 +340,8 @@ def gemfilter(example, scores, stages):
 def run_method(run, method, model, examples, stages, keys, heads, given):
     """Results of a batch by one method; keys: the random state of each; given: given_scores() of these examples, or None."""
     name, kv = parse(method)[0], compressed(method)
-    run, late = partial(run, kv=kv) if kv else run, own_heads(name, heads) if name in LATE else {}
-    name = ranking(name)
+    run = partial(run, kv=kv) if kv else run
+    late, name = own_heads(name, heads) if name in LATE else {}, ranking(name)
     if name == "gemfilter":
         return run(model, [gemfilter(e, scores, stages) for e, scores in zip(examples, given[0])])
     if name in WITH_HEADS:
@@ -397,10 +400,6 @@ def policies(config, examples, methods, schedule, heads=None, keeps=(0.0,)):
         first = next(method for method in methods if needs_heads([method]))
         raise ValueError(f"method {first} needs heads: give --heads FOLDER, or train some with train.py")
     check_late(methods, schedule)
-    if not (schedule and schedule.late) and any(parse(method)[0] in LATE for method in methods):
-        raise ValueError(
-            f"methods {', '.join(LATE[:2])}, ... need heads with a LateKV: train some with train.py --late"
-        )
     n, found = int(statistics.median(len(e.prompt) for e in examples)), {}
     for keep in keeps:
         for method in dict.fromkeys(["dense", *methods]):

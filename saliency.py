@@ -135,9 +135,9 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
     return torch.cat(out)
 
 
-# Of the layers, the part whose reading response_attention counts: from 5/6 on little is read, and early layers foretell less
-# of what dropping a span costs (Spearman's rho on 160 prompts at shares of 0.786 and
-# 0.55: layers 10 to 24 of 30 0.583 and 0.709, 0 to 24 0.567 and 0.708, all 0.550 and 0.679; results/LOG.md, session 10).
+# Of the layers, the part whose reading response_attention counts: from 5/6 on little is read, and early layers foretell
+# less of what dropping a span costs (Spearman's rho on 160 prompts at shares of 0.786 and 0.55: layers 10 to 24 of 30
+# 0.583 and 0.709, 0 to 24 0.567 and 0.708, all 0.550 and 0.679; results/LOG.md, session 10).
 READING = 1 / 3, 5 / 6
 
 

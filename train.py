@@ -541,10 +541,9 @@ def draw_predictions(model, heads, examples, schedule, config, path):
     """Predicted score against label per stage, as ranks within held-out prompts (dense states)."""
     import matplotlib.pyplot as plt
 
-    heads = {layer: head for layer, head in heads.items() if isinstance(head, PruneHead)}
-    points = {layer: [] for layer in heads}
+    points = {layer: [] for layer in schedule.scored()}
     for example in examples[:8]:
-        _, _, (n,), labels, states = pack(model, [example], heads, config)
+        _, _, (n,), labels, states = pack(model, [example], points, config)
         positions = torch.arange(n, device=model.device)
         free = ~is_protected(positions, n)
         for layer, x in states.items():
@@ -625,8 +624,8 @@ def new_head(model, config):
 
 def begin_with(folder, model, heads):
     """Give the heads the weights of those in a folder; ValueError where these are at other layers, or have other options."""
-    trained, _, meta = load_heads(folder, model)
-    trained = {layer: head for layer, head in trained.items() if isinstance(head, PruneHead)}
+    trained, own, meta = load_heads(folder, model)
+    trained = {layer: trained[layer] for layer in own.scored()}  # no LateKV
     if list(trained) != list(heads) or any(h.options != trained[layer].options for layer, h in heads.items()):
         options = next(iter(heads.values())).options
         raise ValueError(

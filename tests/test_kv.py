@@ -293,9 +293,8 @@ def test_late(fields, method):
     for head in range(k.shape[1]):
         rows = [(k[:, head] == row).all(-1).nonzero().item() for row in kept[:, head]]
         assert rows == sorted(rows) and set(range(39, 60)) <= set(rows)
-    seen = [60] + [
-        10
-    ] * 2  # queries per layer; the last six see all that is left behind, the first four of them nothing
+    # queries per layer; the last six see all that is left behind, the first four of them nothing
+    seen = [60] + [10] * 2
     pairs = (
         [sum(range(61)), *[sum(range(11)) + 6 * 50] * 2]
         if method == "h2o"

@@ -664,6 +664,19 @@ def test_init(world, monkeypatch):
     assert all((first[name] - second[name]).abs().max() < 1e-5 for name in first)
 
 
+def test_late_hides_nothing():
+    """L_lm under a schedule with a LateKV is that without its stage, and not that of one that drops there."""
+    model, config = tiny.build(torch.float32, num_hidden_layers=5), TrainConfig(lm_weight=1.0, span=1)
+    ids, n, m = tiny.ids(50), [40], [50]
+    free = ~is_protected(torch.arange(50), 40)
+    heads, found = {1: PruneHead(32)}, []
+    for shares, late in (({1: 0.6, 3: 0.0}, True), ({1: 0.6}, False), ({1: 0.6, 3: 0.0}, False)):
+        torch.manual_seed(0)
+        schedule = Schedule(5, shares, late=late)
+        found.append(train.pruned_losses(model, heads, ids, m, n, free, schedule, config)[0]["lm"].item())
+    assert found[0] == found[1] != found[2]
+
+
 def test_init_as_they_are(world, monkeypatch):
     """--epochs 0 with --init leaves the heads as they are and fits a LateKV to them; without --init it is refused."""
     with monkeypatch.context() as patch:
