@@ -667,9 +667,8 @@ def check_alive(cache, schedule, prompt_lens, shares, kv=None, scorers=None):
 
 
 CALIBRATION_TOKENS = 2**18  # of the prompts that calibrate() looks at, about
-PACK_TOKENS = (
-    2**14
-)  # that it runs a block on at once, about: a 7B model's MLP then takes 1 GB (scorers see all prompts at once)
+# that it runs a block on at once, about: a 7B model's MLP then takes 1 GB (scorers see all prompts at once)
+PACK_TOKENS = 2**14
 
 
 def packs(x, positions, seqlens):
