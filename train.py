@@ -37,10 +37,10 @@ import data
 import saliency
 from download import DEFAULT
 from eval_tasks import FLOOR, METHODS, perplexity, policies, print_table
-from model import KVCache, read_json, visible
+from model import read_json, visible
 from sdtp import (
-    FIRST_TOKENS, LAST_SHARE, LateKV, Left, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint,
-    is_protected, keep_count, load_heads, protected_count, save_heads, span_means, unit_rms, write_atomic,
+    FIRST_TOKENS, LateKV, PruneHead, Schedule, alive_count, calibrate, executed_flops, fingerprint, is_protected, load_heads,
+    protected_count, save_heads, span_means, unit_rms, write_atomic,
 )  # fmt: skip
 from tokenizer import Tokenizer
 
@@ -61,8 +61,6 @@ class TrainConfig:
     shares: str = ""  # a schedule instead of these four: LAYER:SHARE with commas, as in 4:0.7,10:0.5
     span: int = 16  # neighbouring tokens scored, kept and dropped together
     late: bool = True  # tokens that a share of 0 leaves behind stay as keys and values, by fitted maps (LateKV)
-    late_prompts: int = 400  # training prompts by which these maps, once fitted, are distilled (0: none)
-    late_lr: float = 1e-3  # peak learning rate of that
     # the heads
     divisor: int = 4  # their hidden layer has hidden_size / divisor units
     norm: bool = True  # layer-norm the state
@@ -124,7 +122,6 @@ class TrainConfig:
 # late one costs about the budget alone, or moves up, or goes (Schedule.fitted), and the early one drops little: give --stages or --shares there.
 LATE_LAYER = 4 / 5
 LATE_TOKENS = 2**17  # of the training prompts that its maps are fitted to, about
-LATE_BATCH = 2  # prompts of a step that distils them
 PAPER = {  # the flags that --paper sets: the paper's method, in the form in which it learns (README, "The method")
     "stages": 10, "span": 1, "divisor": 4, "norm": False, "position": False, "matches": 0, "ending": False, "attention": False, "alike": False, "conv": 0, "dropout": 0.0, "late": False, "epochs": 1, "teacher": "grad_norm", "recency": 0.0, "primacy": 0.0,
     "list_weight": 0.0, "level_weight": 0.0, "lm_weight": 0.1, "mse_weight": 1.0, "rank_weight": 1.0,
@@ -598,58 +595,16 @@ def fit_late(model, examples, layer):
     return late.to(model.device).requires_grad_(False)
 
 
-def late_loss(model, late, example):
-    """KL(dense || what reads a LateKV's keys and values), mean over the next tokens of the protected ending and the response.
-
-    Nothing is dropped before the LateKV's layer.
-    """
-    n, ids = len(example.prompt), torch.tensor(example.prompt + example.response, device=model.device)
-    positions, ending = model.positions([len(ids)]), keep_count(n, LAST_SHARE) + len(example.response)
-    with torch.no_grad():
-        states, dense = saliency.hidden_states(model, ids, (late.layer,), [len(ids)])
-        target = model.logits(dense[-ending:-1]).float().log_softmax(-1)
-    x, keep = states[late.layer].detach(), is_protected(positions, n).nonzero()[:, 0]
-    left = Left(late, model.layers[late.layer], x, positions, [len(x)], keep, [len(keep)])
-    x, positions, cache = x[keep], positions[keep], KVCache(len(model.layers))
-    for layer, block in enumerate(model.layers[late.layer :], late.layer):
-        x = block(x, positions, [len(x)], attend=left.attend(layer, cache[layer], None, [n]))
-    found = model.logits(x[-ending:-1]).float().log_softmax(-1)
-    return F.kl_div(found, target, log_target=True, reduction="batchmean")
-
-
-def distil_late(model, late, examples, config):
-    """Train the maps of a LateKV in place by late_loss(), one pass over late_prompts of the Examples; returns its means, one a step.
-
-    An error in a key or a value costs as much as what is read of it, which the regression does not know.
-    """
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    groups = [order[i : i + LATE_BATCH] for i in range(0, min(len(order), config.late_prompts), LATE_BATCH)]
-    late.float().requires_grad_()
-    optimizer, history = torch.optim.Adam(late.parameters(), betas=(0.9, 0.98)), []
-    for step, group in enumerate(tqdm(groups, desc="late maps, distilled", disable=None)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(groups), config.late_lr, config.warmup)
-        optimizer.zero_grad()
-        history.append(0.0)
-        for i in group:
-            loss = late_loss(model, late, examples[i]) / len(group)
-            loss.backward()
-            history[-1] += loss.item()
-        torch.nn.utils.clip_grad_norm_(late.parameters(), config.grad_clip)
-        optimizer.step()
-    late.to(torch.bfloat16).requires_grad_(False)
-    return history
-
-
 # ---------------------------------------------------------------------------- the loop
 
 
-def learning_rate(step, steps, lr, warmup):
+def learning_rate(step, steps, config):
     """Linear warm-up, then a cosine from lr to a tenth of it."""
-    warm = max(1, int(warmup * steps))
+    warm = max(1, int(config.warmup * steps))
     if step < warm:
-        return lr * (step + 1) / warm
+        return config.lr * (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
-    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def new_head(model, config):
@@ -715,7 +670,7 @@ def train(model, heads, examples, schedule, config):
     )
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config.lr, config.warmup)
+            group["lr"] = learning_rate(step, steps, config)
         record = {"step": step + 1} | train_step(model, heads, optimizer, groups[step], schedule, config)
         history.append(record)
         with open(out / "log.jsonl", "a") as file:
@@ -756,7 +711,6 @@ def check_flags(config):
     cli.at_least(1, config, "score_len", "eval_prompts", "span", "list_span", "divisor")
     cli.at_least(
         0, config, "first_layer", "stages", "max_prompts", "matches", "conv", "list_power", "noisy_copies", "recency", "primacy",
-        "late_prompts",
     )  # fmt: skip
     if not any(getattr(config, f"{name}_weight") for name in ("list", "lm", "mse", "rank")):
         raise ValueError(
@@ -871,7 +825,6 @@ def main():
     if schedule.late:
         layer = max(schedule)
         heads[layer] = fit_late(model, examples, layer)
-        distil_late(model, heads[layer], examples, config)
     if config.level_weight:  # else scores of different prompts cannot be compared
         schedule = calibrate(model, [e.prompt for e in examples], heads, schedule)
     info = run_info(config) | cli.ORIGIN

@@ -478,12 +478,12 @@ def test_make_batches():
 
 def test_learning_rate():
     """Linear warm-up to lr, then a cosine to a tenth: its end points, its middle, and no step up."""
-    steps = 200
-    rates = [train.learning_rate(s, steps, 0.5, 0.1) for s in range(steps)]
+    config, steps = paper(lr=0.5, warmup=0.1), 200
+    rates = [train.learning_rate(s, steps, config) for s in range(steps)]
     assert rates[:20] == pytest.approx([0.5 * (s + 1) / 20 for s in range(20)])
     assert rates[20] == 0.5 and rates[110] == pytest.approx(0.5 * 0.55) and rates[-1] == pytest.approx(0.05, abs=1e-3)
     assert all(a >= b for a, b in zip(rates[19:], rates[20:])) and min(rates[20:]) >= 0.05
-    assert train.learning_rate(0, 1, 0.5, 0.1) == 0.5
+    assert train.learning_rate(0, 1, config) == 0.5
 
 
 def test_label_cache(tmp_path, monkeypatch):
