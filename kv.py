@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import attend, attention_weights
+from model import attend, attention_weights, by_sequence
 from scorers import accumulated
 from sdtp import FIRST_TOKENS, keep_count, looked_at, pairs
 
@@ -61,10 +61,9 @@ class Compression:
         """
 
         def attend_and_keep(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
-            parts = (q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens))
-            rows = list(zip(*parts, positions.split(seqlens), k_positions.split(k_seqlens)))
-            cache.append(*self.kept(rows, prompt_lens, window))
-            return attend(q, k, v, positions, k_positions, seqlens, k_seqlens)
+            packed = (q, k, v, positions, k_positions, seqlens, k_seqlens)
+            cache.append(*self.kept(by_sequence(*packed), prompt_lens, window))
+            return attend(*packed)
 
         return attend_and_keep
 

@@ -229,13 +229,17 @@ def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window=None):
     if backend == "flash_attn":
         cu, k_cu = (F.pad(torch.tensor(n, device=q.device).cumsum(0), (1, 0)).int() for n in (seqlens, k_seqlens))
         return flash_attn_varlen_func(q, k, v, cu, k_cu, max(seqlens), max(k_seqlens), causal=True)
-    rows = zip(
-        q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens), positions.split(seqlens), k_positions.split(k_seqlens)
-    )
+    rows = by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens)
     # a gradient needs what attend_in_blocks() overwrites; a single row gains nothing
     fast = backend == "blocks" and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     out = [attend_in_blocks(*row[:3]) if fast and len(row[0]) > 1 else sdpa(*row, window) for row in rows]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens):
+    """attend()'s arguments of one sequence after the other: tuples (q, k, v, positions, k_positions)."""
+    keys = k.split(k_seqlens), v.split(k_seqlens)
+    return zip(q.split(seqlens), *keys, positions.split(seqlens), k_positions.split(k_seqlens))
 
 
 def attend_in_blocks(q, k, v, block=192, room=2**21):

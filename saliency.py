@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cli
 from download import DEFAULT
-from model import attend, attention_weights, visible
+from model import attend, attention_weights, by_sequence, visible
 
 TEACHERS = ("grad_x_input", "grad_norm", "response_attention", "attention_entropy")
 LABEL_LOSSES = "response", "all"
@@ -126,8 +126,7 @@ def attend_by_weights(q, k, v, positions, k_positions, seqlens, k_seqlens, windo
         return attend(q, k, v, positions, k_positions, seqlens, k_seqlens, window)
     out, kv_heads = [], k.shape[1]
     q = q.unflatten(1, (kv_heads, -1)) * q.shape[-1] ** -0.5
-    parts = (q.split(seqlens), k.split(k_seqlens), v.split(k_seqlens))
-    for q, k, v, p, k_p in zip(*parts, positions.split(seqlens), k_positions.split(k_seqlens)):
+    for q, k, v, p, k_p in by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens):
         scores = q.permute(1, 2, 0, 3).flatten(1, 2) @ k.permute(1, 2, 0)  # (Hkv, G * T, K): keys are never repeated
         scores = scores.unflatten(1, (-1, len(q))).masked_fill(~visible(p, k_p, window), -torch.inf)
         mixed = scores.softmax(-1).flatten(1, 2) @ v.transpose(0, 1)
