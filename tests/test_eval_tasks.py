@@ -234,17 +234,22 @@ def method_flops_by_hand(method, model, n, alive):
 
 
 @tiny.on_cuda
-def test_cuda_equals_cpu():
-    """Every method's loss and tokens alive on CUDA, with heads of all options, are those on the CPU."""
+@pytest.mark.parametrize("late", [False, True])
+def test_cuda_equals_cpu(late):
+    """Every method's loss and tokens alive on CUDA, with heads of all options and with a LateKV, are those on the CPU."""
     torch.manual_seed(0)
     options = {"norm": True, "position": True, "matches": 2, "ending": True, "attention": 4}
-    model, heads = tiny.build(**DEEPER), {layer: PruneHead(32, **options) for layer in STAGES}
+    model, stages, heads = tiny.build(**DEEPER), STAGES, {layer: PruneHead(32, **options) for layer in STAGES}
     # of the adaptive ones those with exact scores: the one that calibrate() finds is a span's own, where rounding decides
     methods = {*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"} - {*ADAPTIVE}
-    methods = sorted(methods | {"earliest_adaptive", "most_recent_adaptive"})
-    expected = perplexity(model, EXAMPLES, methods, STAGES, heads, batch_size=2)
+    methods = methods | {"earliest_adaptive", "most_recent_adaptive"}
+    if late:
+        stages, heads = late_heads(model)
+    else:
+        methods -= {*LATE}
+    expected = perplexity(model, EXAMPLES, sorted(methods), stages, heads, batch_size=2)
     heads = {layer: head.cuda() for layer, head in heads.items()}
-    got = perplexity(model.cuda(), EXAMPLES, methods, STAGES, heads, batch_size=2)
+    got = perplexity(model.cuda(), EXAMPLES, sorted(methods), stages, heads, batch_size=2)
     for a, b in zip(got, expected, strict=True):
         assert (a["method"], a["mean_alive"]) == (b["method"], b["mean_alive"])
         assert a["method"].startswith("random") or a["loss"] == pytest.approx(b["loss"], abs=1e-5)

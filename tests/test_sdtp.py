@@ -1064,10 +1064,15 @@ def test_write_atomic(tmp_path, monkeypatch):
 
 @tiny.on_cuda
 @each_model
-def test_cuda_equals_cpu(fields):
-    """Pruned prefill and greedy generation of a ragged batch on CUDA, in float64, keep the tokens and logits of the CPU."""
-    model, lens, schedule = tiny.build(**fields), [30, 5, 17], stages(0.5)
-    ids, heads = torch.cat([tiny.ids(n) for n in lens]), {layer: PruneHead(32) for layer in schedule}
+@pytest.mark.parametrize("late", [False, True])
+def test_cuda_equals_cpu(fields, late):
+    """Pruned prefill, with a LateKV too, and greedy generation of a ragged batch on CUDA, in float64, keep the tokens and logits of the CPU."""
+    model, lens = tiny.build(**fields), [30, 5, 17]
+    ids, schedule = torch.cat([tiny.ids(n) for n in lens]), stages(0.5)
+    heads = {layer: PruneHead(32) for layer in schedule}
+    if late:
+        schedule, exact = late_stages(model)
+        heads = {1: heads[1], 2: exact[2]}
     expected, cache = prefill(model, ids, heads, schedule, lens)
     tokens = generate(model, ids, 12, heads, schedule, seqlens=lens)
     model.cuda()
