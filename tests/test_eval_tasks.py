@@ -242,15 +242,14 @@ def test_cuda_equals_cpu(late):
     model, stages, heads = tiny.build(**DEEPER), STAGES, {layer: PruneHead(32, **options) for layer in STAGES}
     # of the adaptive ones those with exact scores: the one that calibrate() finds is a span's own, where rounding decides
     methods = {*KNOWN, "most_recent@4@0", "sdtp+h2o", "dense+snapkv"} - {*ADAPTIVE}
-    methods = methods | {"earliest_adaptive", "most_recent_adaptive"}
+    methods |= {"earliest_adaptive", "most_recent_adaptive"}
     if late:
-        stages, plain = late_heads(model)
-        heads = {1: heads[1], 3: plain[3]}
-    else:
-        methods -= {*LATE}
-    expected = perplexity(model, EXAMPLES, sorted(methods), stages, heads, batch_size=2)
+        stages, others = late_heads(model)
+        heads = {1: heads[1], 3: others[3]}
+    methods = sorted(methods if late else methods - {*LATE})
+    expected = perplexity(model, EXAMPLES, methods, stages, heads, batch_size=2)
     heads = {layer: head.cuda() for layer, head in heads.items()}
-    got = perplexity(model.cuda(), EXAMPLES, sorted(methods), stages, heads, batch_size=2)
+    got = perplexity(model.cuda(), EXAMPLES, methods, stages, heads, batch_size=2)
     for a, b in zip(got, expected, strict=True):
         assert (a["method"], a["mean_alive"]) == (b["method"], b["mean_alive"])
         assert a["method"].startswith("random") or a["loss"] == pytest.approx(b["loss"], abs=1e-5)
