@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import inspect
+import io
 import json
 import os
 import platform
@@ -14,17 +15,23 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 from download import checkpoint_folder
-from model import Transformer, attention_backend
-from sdtp import load_heads, paper_stages, write_atomic
+from model import Extras, Transformer, attention_backend, read_json
+from sdtp import PruneHead, load_heads, write_atomic
 
 
 def comments(config_class):
     """{field: the comment beside its default}: the flag's help is written once, where the field is."""
     lines = inspect.getsource(config_class).splitlines()
-    return {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines if ":" in line and "  # " in line}
+    return {
+        line.split(":")[0].strip(): line.split("  # ")[1]
+        for line in lines
+        if ":" in line and "  # " in line
+    }
 
 
 def parse(config_class, doc, argv=None):
@@ -137,11 +144,17 @@ def device_and_dtype(config):
     """The torch.dtype, or "auto", of a script's --dtype; resolves config.device."""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = (
+        ["cpu"]
+        + ["cuda"] * torch.cuda.is_available()
+        + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    )
     if config.device not in devices:
         raise ValueError(f"--device {config.device}: choose auto, {', '.join(devices)}")
     if config.device.startswith("cuda:"):
-        torch.cuda.set_device(config.device)  # clocks, random state and peak memory are the current device's
+        torch.cuda.set_device(
+            config.device
+        )  # clocks, random state and peak memory are the current device's
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype not in dtypes:
         raise ValueError(f"--dtype {config.dtype}: choose {', '.join(dtypes)}")
@@ -151,10 +164,18 @@ def device_and_dtype(config):
 def describe(model, ckpt, place):
     """Print what runs, and note it in ORIGIN."""
     dtype, window = model.norm.weight.dtype, model.config.sliding_window
-    name, reason = attention_backend(model.device, dtype, window)
-    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=str(dtype).removeprefix("torch."), attention_backend=name)
+    name, reason = attention_backend(model.device, dtype, Extras(window))
+    ORIGIN.update(
+        ckpt=ckpt,
+        device=str(model.device),
+        dtype=str(dtype).removeprefix("torch."),
+        attention_backend=name,
+    )
     count = sum(p.numel() for p in model.parameters())
-    print(f"{place}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})", flush=True)
+    print(
+        f"{place}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})",
+        flush=True,
+    )
 
 
 ORIGIN = {}  # where this run's figures come from: filled at its start, as the working tree may move on during it
@@ -168,7 +189,9 @@ def note_origin():
         return subprocess.run([*place, *words], capture_output=True, text=True).stdout.strip()
 
     try:
-        commit = git("ls-files", "cli.py") and git("rev-parse", "--short=12", "HEAD")  # not another repository's
+        commit = git("ls-files", "cli.py") and git(
+            "rev-parse", "--short=12", "HEAD"
+        )  # not another repository's
         if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"):
             commit += "-dirty"
     except OSError:  # no git on this machine
@@ -185,20 +208,134 @@ def note_origin():
 def write_rows(path, rows, **more):
     """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
     if path:
-        write_atomic(path, (json.dumps([{**row, **more, **ORIGIN} for row in rows], indent=1) + "\n").encode())
+        write_atomic(
+            path,
+            (json.dumps([{**row, **more, **ORIGIN} for row in rows], indent=1) + "\n").encode(),
+        )
 
 
 def save_figure(figure, path):
     """Write a matplotlib figure as .png, in a folder that need not be there, and close it."""
     import matplotlib.pyplot as plt
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_atomic(path, buffer.getvalue())
     plt.close(figure)
 
 
-def heads_and_schedule(config, model, needed=True):
-    """(heads, Schedule) of a script's --heads (default: heads/CKPT); (None, the paper's) where none are given nor needed."""
-    if not config.heads and not needed:
-        return None, paper_stages(len(model.layers))
-    return load_heads(config.heads or Path("heads") / Path(config.ckpt).name, model)[:2]
+def given_heads(config, model, folder=""):
+    """(heads, schedule, span) of a folder (default: --heads, else heads/CKPT), of the class that heads.json names.
+
+    A folder is looked for where the command was given, then beside this file.
+    """
+    folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
+    return load_heads(
+        folder, model, HEADS.get(read_json(folder / "heads.json").get("head"), PruneHead)
+    )[:3]
+
+
+HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class
+
+
+def find(path):
+    """A path as it is given, or beside this file where there is none."""
+    beside = Path(__file__).parent / path
+    return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
+# ---------------------------------------------------------------------------- tables, intervals, figures
+
+
+class Results(dict):
+    """{key: result}, each appended to a .jsonl file (none without a path) as it comes: a killed run goes on.
+
+    A torn last line, of a run that was killed, is cut off. ValueError names another line that is no result.
+    """
+
+    def __init__(self, path=""):
+        super().__init__()
+        self.path = path
+        if not path:
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(path).exists():
+            return
+        *lines, torn = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                result = json.loads(line)
+                self[result["key"]] = result
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}: not a result") from None
+        if torn:
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+
+    def add(self, result):
+        self[result["key"]] = result
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def paired_interval(found, base, counts=None, difference=lambda d: d):
+    """(value, low, high): difference() of two methods' means, with its 95 % paired bootstrap interval.
+
+    found, base: a number per prompt, of the same prompts, drawn together; counts: of the units (tokens) in each,
+    default 1: means are sums over sums of counts. difference: np.expm1 for perplexities from nats.
+    """
+
+    def statistic(a, b, count, axis=-1):
+        return difference((a.sum(axis) - b.sum(axis)) / count.sum(axis))
+
+    columns = [found, base, counts or [1] * len(found)]
+    samples = [np.array(column, dtype=float) for column in columns]
+    value = low = high = float(statistic(*samples))
+    if len(found) > 1 and list(found) != list(base):
+        drawn = bootstrap(
+            samples, statistic, paired=True, n_resamples=2000, method="percentile", rng=0
+        )
+        low, high = map(float, drawn.confidence_interval)
+    return value, low, high
+
+
+def print_table(rows, columns):
+    """Print rows, dicts, aligned; columns: {header: format of a cell}, as in {"ppl": "{ppl:.2f}"}.
+
+    A cell whose key is missing is empty. The first column is aligned left.
+    """
+    table = [list(columns)]
+    for row in rows:
+        cells = []
+        for form in columns.values():
+            try:
+                cells.append(form.format_map(row))
+            except KeyError:
+                cells.append("")
+        table.append(cells)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *rest in table:
+        print(
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(rest, widths[1:])),
+            sep="  ",
+            flush=True,
+        )
+
+
+def draw_lines(lines, path, **axis_settings):
+    """A figure of lines with bands, {label: [(x, y, low, high), ...]}; axis_settings: title, xlabel, ylabel, ..."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    axis.set_prop_cycle(
+        plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors)
+    )
+    for label, points in lines.items():
+        x, y, low, high = zip(*sorted(points))
+        (line,) = axis.plot(x, y, marker="o", markersize=3, label=label)
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.1, linewidth=0)
+    axis.set(**axis_settings)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    save_figure(figure, path)
