@@ -1,18 +1,19 @@
-"""What every script shares: flags from a dataclass, one line for a user's mistake, rows with their origin."""
+"""What scripts share: flags from a dataclass, one line for a user's mistake, tables and figures."""
 
 import argparse
 import ctypes
 import inspect
 import io
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +22,45 @@ from scipy.stats import bootstrap
 
 from download import checkpoint_folder
 from model import Extras, Transformer, attention_backend, read_json
-from sdtp import PruneHead, load_heads, write_atomic
+from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
+
+HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class
+ORIGIN = {}  # where figures come from, noted at a run's start: the working tree may move on
 
 
-def comments(config_class):
-    """{field: the comment beside its default}: the flag's help is written once, where the field is."""
-    lines = inspect.getsource(config_class).splitlines()
-    return {
-        line.split(":")[0].strip(): line.split("  # ")[1]
-        for line in lines
-        if ":" in line and "  # " in line
-    }
+def run(main):
+    """Call main; a user's mistake ends in one line and status 1."""
+    keep_freed_memory()
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{script}: out of memory on the device ({reason}): give shorter prompts")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{script}: {' '.join(str(error).split())}")
+
+
+def keep_freed_memory():
+    """Let glibc keep freed pages: faulting them in again takes an eighth of a prefill's time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, and what older ones allow
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def parse(config_class, doc, argv=None):
-    """The dataclass, filled from the command line: one flag per field, its default and type from the field.
+    """The dataclass, filled from the command line: one flag per field, with its type and default.
 
-    Its attribute `given` holds the names of the flags on the command line, which a recipe (--paper) leaves alone.
+    Its attribute `given` holds the names of the flags that were on the command line.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     helps = comments(config_class)
     for field in fields(config_class):
         note = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
@@ -58,51 +76,29 @@ def parse(config_class, doc, argv=None):
     return config
 
 
-def run(main):
-    """Call main; a user's mistake ends in one line and exit status 1 (SDTP_TRACEBACK=1 shows where it arose)."""
-    keep_freed_memory()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: out of memory on the device ({str(error).splitlines()[0]}): shorter prompts, or smaller batches"
-        )
-    except (ValueError, OSError) as error:
-        if os.environ.get("SDTP_TRACEBACK"):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+def comments(config_class):
+    """{field: the comment beside its default}, the flag's help."""
+    return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
 
 
-def run_logged(script, flags, log):
-    """Run another script with these flags, its output appended to the file `log`; what went wrong in one line, or None."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
-    with open(log, "ab") as file:
-        before = file.tell()
-        status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
-    if status:
-        last = Path(log).read_bytes()[before:].decode(errors="replace").strip().splitlines()[-1:]
-        return f"failed with status {status}, see {log}: {' '.join(last)}"
-
-
-def keep_freed_memory():
-    """Let glibc keep the pages of freed tensors: it hands large ones back at once, and faulting them in again for the
-    next operator costs a prefill of 1,024 tokens an eighth of its time (results/LOG.md, session 3)."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
+def resume_flags(config):
+    """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there."""
+    out, path = Path(config.out_dir), Path(config.out_dir) / "config.json"
+    if not config.resume:
+        if path.exists():
+            raise ValueError(f"{out} holds a run: go on by --resume, or choose another --out_dir")
         return
-    # M_MMAP_THRESHOLD (older ones: at most 32 MiB): what is smaller comes from the heap,
-    mallopt(-3, 2**30) or mallopt(-3, 2**25)
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks when that much is free at its end
-
-
-def clock(model):
-    """Seconds, after all queued work is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    saved = read_json(path)
+    if (out / "eval.json").is_file():
+        raise ValueError(f"--resume: the run in {out} is finished")
+    for name, value in asdict(config).items():
+        if name not in saved:
+            raise ValueError(f"{path}: begun by another version, without --{name}")
+        if name in ("out_dir", "resume"):
+            continue
+        if name in config.given and value != saved[name]:
+            raise ValueError(f"--resume: the run in {out} has --{name} {saved[name]!r}")
+        setattr(config, name, saved[name])
 
 
 def one_of(config, **choices):
@@ -113,26 +109,29 @@ def one_of(config, **choices):
 
 
 def at_least(minimum, config, *names):
-    """ValueError for a flag below its minimum."""
+    """ValueError for a flag below its minimum, infinite or NaN."""
     for name in names:
-        if getattr(config, name) < minimum:
+        if not minimum <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name} {getattr(config, name)}: at least {minimum} is needed")
 
 
 def numbers(flag, text, kind, fits):
-    """The comma list of a flag, as `kind`; ValueError for one that is not, or that does not fit."""
+    """The comma list of a flag, as `kind`; ValueError for what is not finite or does not fit."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
-        values = [None]
-    if not all(v is not None and fits(v) for v in values):
+        values = [math.nan]
+    if not all(math.isfinite(value) and fits(value) for value in values):
         what = "whole numbers above 0" if kind is int else "numbers above 0 and at most 1"
         raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
     return values
 
 
+# ---------------------------------------------------------------------------- model and heads
+
+
 def load_model(config):
-    """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device; resolves config.device."""
+    """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
     dtype = device_and_dtype(config)
     folder = checkpoint_folder(config.ckpt)
     model = Transformer.from_pretrained(folder, dtype, config.device)
@@ -144,98 +143,30 @@ def device_and_dtype(config):
     """The torch.dtype, or "auto", of a script's --dtype; resolves config.device."""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    devices = (
-        ["cpu"]
-        + ["cuda"] * torch.cuda.is_available()
-        + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    )
-    if config.device not in devices:
-        raise ValueError(f"--device {config.device}: choose auto, {', '.join(devices)}")
+    gpus = torch.cuda.device_count()
+    one_of(config, device=["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus))])
     if config.device.startswith("cuda:"):
-        torch.cuda.set_device(
-            config.device
-        )  # clocks, random state and peak memory are the current device's
+        torch.cuda.set_device(config.device)  # of clocks, random state and peak memory
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if config.dtype not in dtypes:
-        raise ValueError(f"--dtype {config.dtype}: choose {', '.join(dtypes)}")
+    one_of(config, dtype=dtypes)
     return dtypes[config.dtype]
 
 
 def describe(model, ckpt, place):
     """Print what runs, and note it in ORIGIN."""
-    dtype, window = model.norm.weight.dtype, model.config.sliding_window
-    name, reason = attention_backend(model.device, dtype, Extras(window))
-    ORIGIN.update(
-        ckpt=ckpt,
-        device=str(model.device),
-        dtype=str(dtype).removeprefix("torch."),
-        attention_backend=name,
-    )
-    count = sum(p.numel() for p in model.parameters())
-    print(
-        f"{place}: {count / 1e6:.1f}M parameters | {dtype} | attention: {name} ({reason})",
-        flush=True,
-    )
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    extras = Extras(model.config.sliding_window)
+    name, reason = attention_backend(model.device, model.norm.weight.dtype, extras)
+    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=dtype, attention_backend=name)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    print(f"{place}: {size} | {dtype} | attention: {name} ({reason})", flush=True)
 
 
-ORIGIN = {}  # where this run's figures come from: filled at its start, as the working tree may move on during it
-
-
-def note_origin():
-    """Fill ORIGIN: commit (dirty where a tracked file differs, but for those in results/, where runs write), command, versions, machine."""
-
-    def git(*words):
-        place = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
-        return subprocess.run([*place, *words], capture_output=True, text=True).stdout.strip()
-
-    try:
-        commit = git("ls-files", "cli.py") and git(
-            "rev-parse", "--short=12", "HEAD"
-        )  # not another repository's
-        if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"):
-            commit += "-dirty"
-    except OSError:  # no git on this machine
-        commit = ""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    ORIGIN.update(
-        commit=commit or "unknown",
-        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        versions=f"python {platform.python_version()}, torch {version('torch')}",
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
-    )
-
-
-def write_rows(path, rows, **more):
-    """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
-    if path:
-        write_atomic(
-            path,
-            (json.dumps([{**row, **more, **ORIGIN} for row in rows], indent=1) + "\n").encode(),
-        )
-
-
-def save_figure(figure, path):
-    """Write a matplotlib figure as .png, in a folder that need not be there, and close it."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    write_atomic(path, buffer.getvalue())
-    plt.close(figure)
-
-
-def given_heads(config, model, folder=""):
-    """(heads, schedule, span) of a folder (default: --heads, else heads/CKPT), of the class that heads.json names.
-
-    A folder is looked for where the command was given, then beside this file.
-    """
-    folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
-    return load_heads(
-        folder, model, HEADS.get(read_json(folder / "heads.json").get("head"), PruneHead)
-    )[:3]
-
-
-HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class
+def clock(model):
+    """Seconds, after all queued work is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def find(path):
@@ -244,13 +175,80 @@ def find(path):
     return beside if not Path(path).exists() and beside.exists() else Path(path)
 
 
-# ---------------------------------------------------------------------------- tables, intervals, figures
+def given_heads(config, model, folder=""):
+    """(heads, schedule, span) of a folder, by default --heads, else heads/CKPT, as load_heads()."""
+    folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
+    name = read_json(folder / "heads.json").get("head")
+    return load_heads(folder, model, HEADS.get(name, PruneHead))[:3]
+
+
+def given_stages(config, model, methods):
+    """{suffix of names: (heads, schedule, span)}, at which the methods of a table run.
+
+    methods: names, as "sdtp" or "dense+h2o". --heads FOLDER, or heads/CKPT where it exists, has the
+    suffix "", each of --heads A,B ":NAME", the last part of its path, or all of it where alike.
+    Without heads: the paper's stages with heads None, said so in a line; dense alone: no stages.
+    ValueError for sdtp without heads, --heads that nothing uses, and a model too shallow.
+    """
+    bases = {name.split("+")[0] for name in methods}
+    if bases == {"dense"}:
+        if config.heads:
+            raise ValueError(f"--heads {config.heads}: dense uses no heads")
+        return {"": (None, {}, 1)}
+    default = Path("heads") / Path(config.ckpt).name
+    if not config.heads and not find(default).exists():
+        schedule = paper_schedule(model.config.num_hidden_layers)
+        if "sdtp" in bases:
+            raise ValueError(f"no {default}: give --heads FOLDER or train some with train.py")
+        print(f"no {default}: the paper's stages, at layers {list(schedule)}", flush=True)
+        return {"": (None, schedule, 1)}
+    if "," not in config.heads:
+        return {"": given_heads(config, model)}
+    folders = config.heads.split(",")
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [folder.strip("/").replace("/", "-") for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--heads {config.heads}: a folder is given twice")
+    return {f":{name}": given_heads(config, model, f) for name, f in zip(names, folders)}
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def note_origin():
+    """Fill ORIGIN: commit (dirty where a tracked file differs), command, versions, machine."""
+
+    def git(*words):
+        place = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*place, *words], capture_output=True, text=True).stdout.strip()
+
+    try:  # a repository that does not hold this file is another project's
+        commit = git("ls-files", "cli.py") and git("rev-parse", "--short=12", "HEAD")
+        if commit and git("status", "--porcelain", "-uno", "--", ".", ":!results"):  # of runs
+            commit += "-dirty"
+    except OSError:  # no git on this machine
+        commit = ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    ORIGIN.update(
+        commit=commit or "unknown",
+        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=f"python {platform.python_version()}, torch {torch.__version__}",
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
+    )
+
+
+def write_rows(path, rows, **more):
+    """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
+    if path:
+        rows = [{**row, **more, **ORIGIN} for row in rows]
+        write_atomic(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 class Results(dict):
-    """{key: result}, each appended to a .jsonl file (none without a path) as it comes: a killed run goes on.
+    """{key: result}, each appended to a .jsonl file (none without a path): a killed run goes on.
 
-    A torn last line, of a run that was killed, is cut off. ValueError names another line that is no result.
+    A torn last line, of a run that was killed, is cut off; ValueError names any other bad line.
     """
 
     def __init__(self, path=""):
@@ -259,8 +257,7 @@ class Results(dict):
         if not path:
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if not Path(path).exists():
-            return
+        Path(path).touch()
         *lines, torn = Path(path).read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
@@ -279,28 +276,25 @@ class Results(dict):
 
 
 def paired_interval(found, base, counts=None, difference=lambda d: d):
-    """(value, low, high): difference() of two methods' means, with its 95 % paired bootstrap interval.
+    """(value, low, high): difference() of two methods' means, 95 % interval by paired bootstrap.
 
-    found, base: a number per prompt, of the same prompts, drawn together; counts: of the units (tokens) in each,
-    default 1: means are sums over sums of counts. difference: np.expm1 for perplexities from nats.
+    found, base: a number for each of the same prompts; counts: units (tokens) in each (default 1):
+    means are sums over sums of counts. difference: np.expm1 for perplexities from nats.
     """
 
     def statistic(a, b, count, axis=-1):
         return difference((a.sum(axis) - b.sum(axis)) / count.sum(axis))
 
-    columns = [found, base, counts or [1] * len(found)]
-    samples = [np.array(column, dtype=float) for column in columns]
+    samples = [np.array(x, dtype=float) for x in (found, base, counts or [1] * len(found))]
     value = low = high = float(statistic(*samples))
     if len(found) > 1 and list(found) != list(base):
-        drawn = bootstrap(
-            samples, statistic, paired=True, n_resamples=2000, method="percentile", rng=0
-        )
-        low, high = map(float, drawn.confidence_interval)
+        how = dict(paired=True, n_resamples=2000, method="percentile", rng=0)
+        low, high = map(float, bootstrap(samples, statistic, **how).confidence_interval)
     return value, low, high
 
 
 def print_table(rows, columns):
-    """Print rows, dicts, aligned; columns: {header: format of a cell}, as in {"ppl": "{ppl:.2f}"}.
+    """Print dicts as aligned rows; columns: {header: format of a cell}, as {"ppl": "{ppl:.2f}"}.
 
     A cell whose key is missing is empty. The first column is aligned left.
     """
@@ -315,22 +309,17 @@ def print_table(rows, columns):
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *rest in table:
-        print(
-            first.ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(rest, widths[1:])),
-            sep="  ",
-            flush=True,
-        )
+        rest = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        print(first.ljust(widths[0]), *rest, sep="  ", flush=True)
 
 
 def draw_lines(lines, path, **axis_settings):
-    """A figure of lines with bands, {label: [(x, y, low, high), ...]}; axis_settings: title, xlabel, ylabel, ..."""
+    """A figure of {label: [(x, y, low, high)]}, lines with bands; axis_settings: xlabel, ..."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    axis.set_prop_cycle(
-        plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors)
-    )
+    styles, colors = plt.cycler(linestyle=["-", "--"]), plt.get_cmap("tab10").colors
+    axis.set_prop_cycle(styles * plt.cycler(color=colors))
     for label, points in lines.items():
         x, y, low, high = zip(*sorted(points))
         (line,) = axis.plot(x, y, marker="o", markersize=3, label=label)
@@ -339,3 +328,13 @@ def draw_lines(lines, path, **axis_settings):
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as .png, in a folder that need not be there, and close it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_atomic(path, buffer.getvalue())
+    plt.close(figure)
