@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
-from download import checkpoint_folder
+from download import checkpoint_folder, find
 from model import Extras, Transformer, attention_backend, read_json
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
 
@@ -37,20 +37,17 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"{script}: out of memory on the device ({reason}): give shorter prompts")
+        sys.exit(f"{script}: out of memory ({str(error).splitlines()[0]}): give shorter prompts")
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {' '.join(str(error).split())}")
 
 
 def keep_freed_memory():
     """Let glibc keep freed pages: faulting them in again takes an eighth of a prefill's time."""
-    try:
+    if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, and what older ones allow
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, and what older ones allow
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def parse(config_class, doc, argv=None):
@@ -83,20 +80,18 @@ def comments(config_class):
 
 def resume_flags(config):
     """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there."""
-    out, path = Path(config.out_dir), Path(config.out_dir) / "config.json"
+    out = Path(config.out_dir)
     if not config.resume:
-        if path.exists():
+        if (out / "config.json").exists():
             raise ValueError(f"{out} holds a run: go on by --resume, or choose another --out_dir")
         return
-    saved = read_json(path)
+    saved = read_json(out / "config.json")
     if (out / "eval.json").is_file():
         raise ValueError(f"--resume: the run in {out} is finished")
-    for name, value in asdict(config).items():
+    for name in sorted(asdict(config).keys() - {"out_dir", "resume"}):
         if name not in saved:
-            raise ValueError(f"{path}: begun by another version, without --{name}")
-        if name in ("out_dir", "resume"):
-            continue
-        if name in config.given and value != saved[name]:
+            raise ValueError(f"{out}/config.json: begun by another version, without --{name}")
+        if name in config.given and getattr(config, name) != saved[name]:
             raise ValueError(f"--resume: the run in {out} has --{name} {saved[name]!r}")
         setattr(config, name, saved[name])
 
@@ -125,9 +120,6 @@ def numbers(flag, text, kind, fits):
         what = "whole numbers above 0" if kind is int else "numbers above 0 and at most 1"
         raise ValueError(f"--{flag} {text}: {what} with commas between them are needed")
     return values
-
-
-# ---------------------------------------------------------------------------- model and heads
 
 
 def load_model(config):
@@ -169,12 +161,6 @@ def clock(model):
     return time.perf_counter()
 
 
-def find(path):
-    """A path as it is given, or beside this file where there is none."""
-    beside = Path(__file__).parent / path
-    return beside if not Path(path).exists() and beside.exists() else Path(path)
-
-
 def given_heads(config, model, folder=""):
     """(heads, schedule, span) of a folder, by default --heads, else heads/CKPT, as load_heads()."""
     folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
@@ -211,9 +197,6 @@ def given_stages(config, model, methods):
     if len(set(names)) < len(names):
         raise ValueError(f"--heads {config.heads}: a folder is given twice")
     return {f":{name}": given_heads(config, model, f) for name, f in zip(names, folders)}
-
-
-# ---------------------------------------------------------------------------- results
 
 
 def note_origin():
@@ -294,10 +277,7 @@ def paired_interval(found, base, counts=None, difference=lambda d: d):
 
 
 def print_table(rows, columns):
-    """Print dicts as aligned rows; columns: {header: format of a cell}, as {"ppl": "{ppl:.2f}"}.
-
-    A cell whose key is missing is empty. The first column is aligned left.
-    """
+    """Print dicts as aligned rows, missing keys as empty cells; columns: {"ppl": "{ppl:.2f}"}."""
     table = [list(columns)]
     for row in rows:
         cells = []

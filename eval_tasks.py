@@ -164,8 +164,10 @@ def plans(config, methods, stages, keeps, n):
     for keep in keeps:
         found[keep, "dense"] = Plan("dense")
         for suffix, (heads, schedule, span) in stages.items():
-            if keep and schedule:
-                schedule = at_keep(config, schedule, keep, n)
+            try:
+                schedule = at_keep(config, schedule, keep, n) if keep and schedule else schedule
+            except ValueError as error:
+                raise ValueError(f"--keep {keep:g}{suffix}: {error}") from None
             for method, (name, kind) in names.items():
                 if name == "dense":
                     found[keep, method] = Plan(name, kind)
@@ -317,12 +319,14 @@ def costs(found, dense, lens):
     }
 
 
-ACCURACY = {"accuracy": "{accuracy:.1%}", "points": "{accuracy_diff:+.1%}"}
-PERPLEXITY = {"loss": "{loss:.3f}", "ppl": "{ppl:.2f}", "diff": "{ppl_diff:+.1%}"}
-OTHERS = {
-    "95 %": "[{low:+.1%}, {high:+.1%}]",
+INTERVAL = {"95 %": "[{low:+.1%}, {high:+.1%}]"}
+ACCURACY = {"accuracy": "{accuracy:.1%}", "points": "{accuracy_diff:+.1%}"} | INTERVAL
+PERPLEXITY = {"loss": "{loss:.3f}", "ppl": "{ppl:.2f}", "diff": "{ppl_diff:+.1%}"} | INTERVAL
+OVER_SDTP = {
     "over sdtp": "{over_sdtp:+.1%}",
     "95 % of it": "[{over_sdtp_low:+.1%}, {over_sdtp_high:+.1%}]",
+}
+OTHERS = {
     "mean alive": "{mean_alive:.3f}",
     "1/tau": "{compression:.2f}x",
     "FLOPs": "{flops_share:.3f}",
@@ -334,7 +338,8 @@ OTHERS = {
 
 def print_rows(rows):
     """The rows of perplexity() or needles(), aligned, budget by budget."""
-    columns = {"method": "{method}"} | (PERPLEXITY if "ppl" in rows[0] else ACCURACY) | OTHERS
+    columns = {"method": "{method}"} | (PERPLEXITY if "ppl" in rows[0] else ACCURACY)
+    columns |= (OVER_SDTP if "over_sdtp" in rows[0] else {}) | OTHERS
     for keep in dict.fromkeys(row["keep"] for row in rows):
         if keep:
             print(f"at the compute of the paper's stages with a ratio of {keep:g}")

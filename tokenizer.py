@@ -1,5 +1,6 @@
-"""Text <-> token ids for a checkpoint folder, from tokenizer.json (library `tokenizers`) or sentencepiece's
-tokenizer.model.
+"""Text <-> token ids for a checkpoint folder.
+
+From its tokenizer.json (library `tokenizers`) or tokenizer.model (sentencepiece):
 
     tokenizer = Tokenizer("checkpoints/smollm2-135m-q4")
     ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
@@ -11,49 +12,53 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import SentencePieceProcessor
+
 
 class Tokenizer:
-    """One interface over both kinds of file. The ids are those of Hugging Face's tokenizer for the folder, but for one
-    thing: a text that already begins with BOS (a rendered chat template, say) does not get a second one.
+    """The ids are those of Hugging Face's tokenizer for the folder, but for one thing: a text that
+    already begins with BOS (a rendered chat template, say) does not get a second one.
 
-    chat_template, bos_token, eos_token: str or None. bos_token_id: int or None. eos_token_ids: list of int, any of
-    which ends a generation. vocab_size: int, added tokens included.
-    Raises FileNotFoundError (no folder, no tokenizer in it) or ValueError (a file in it cannot be read)."""
+    chat_template, bos_token, eos_token: str or None. bos_token_id: int or None. adds_bos: whether
+    encode() begins with it. eos_token_ids: list of int, any of which ends a generation.
+    Raises FileNotFoundError (no folder, no tokenizer in it) or ValueError (an unreadable file)."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; give a checkpoint folder, or fetch one: download.py")
         config = read_json(folder / "tokenizer_config.json")
-        models = [read_json(folder / "generation_config.json"), read_json(folder / "config.json")]
-        path = next((folder / f for f in ("tokenizer.json", "tokenizer.model") if (folder / f).is_file()), None)
+        models = [read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
+        kinds = {"tokenizer.json": TokenizerJson, "tokenizer.model": Sentencepiece}
+        path = next((folder / name for name in kinds if (folder / name).is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model; add the checkpoint's own")
+            raise FileNotFoundError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
         try:
-            self.backend = TokenizerJson(path) if path.suffix == ".json" else Sentencepiece(path, config)
-        except Exception as error:  # both libraries raise a bare Exception or RuntimeError for a damaged file
-            raise ValueError(f"{path}: not readable as a tokenizer ({error}); fetch it again") from error
-
-        def special(kind):
-            """The token named bos_token or eos_token, as str or None."""
-            if kind in config:  # null counts: so Qwen2 says that it has no BOS, whatever its config.json says
-                return config[kind]["content"] if isinstance(config[kind], dict) else config[kind]
-            ids = [getattr(self.backend, f"{kind}_id"), *(model.get(f"{kind}_id") for model in models)]
-            return next((self.backend.token(i) for i in ids if isinstance(i, int)), None)
-
-        self.bos_token, self.eos_token = special("bos_token"), special("eos_token")
-        bos, eos = self.backend.id(self.bos_token), self.backend.id(self.eos_token)
-        eos_ids = {eos}
-        for value in (model.get("eos_token_id") for model in models):
-            eos_ids.update(value if isinstance(value, list) else [value])
-        self.bos_token_id, self.eos_token_ids = bos, sorted(eos_ids - {None})
+            self.backend = kinds[path.name](path, config)
+        except Exception as error:  # both libraries raise bare ones for a damaged file
+            raise ValueError(f"{path}: not readable as a tokenizer ({error})") from error
         self.vocab_size = self.backend.size
 
-        self.adds_bos = bos is not None and self.backend.encode("", True)[:1] == [bos]
+        def special(kind):
+            if kind in config:  # also null: so Qwen2 has no BOS, whatever its config.json says
+                token = config[kind]
+                return token["content"] if isinstance(token, dict) else token
+            ids = [source.get(f"{kind}_id") for source in (self.backend.special_ids, *models)]
+            return next((self.backend.token(i) for i in ids if isinstance(i, int) and i >= 0), None)
+
+        self.bos_token, self.eos_token = special("bos_token"), special("eos_token")
+        self.bos_token_id = self.backend.id(self.bos_token)
+        self.adds_bos = self.backend.encode("", True)[:1] == [self.bos_token_id]
+        eos_ids = {self.backend.id(self.eos_token)}
+        for ids in (model.get("eos_token_id") for model in models):
+            eos_ids.update(ids if isinstance(ids, list) else [ids])
+        self.eos_token_ids = sorted(eos_ids - {None})
 
         self.chat_template = config.get("chat_template")
         if isinstance(self.chat_template, list):  # several, each with a name
-            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}.get("default")
+            templates = {entry["name"]: entry["template"] for entry in self.chat_template}
+            self.chat_template = templates.get("default")
         if (folder / "chat_template.jinja").is_file():
             self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -68,69 +73,49 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens)
 
     def token_texts(self, ids):
-        """The text of each token by itself, for figures: list of str. Part of a character gives U+FFFD."""
-        return [self.decode([i], skip_special_tokens=False) or " " for i in ids]  # sentencepiece's lone "▁" gives ""
+        """The text of each token by itself: list of str. Part of a character gives U+FFFD."""
+        return [self.decode([i], False) or " " for i in ids]  # sentencepiece's lone "▁" gives ""
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
-        """messages: list of {"role": str, "content": str} -> the prompt as str, BOS included if the template has it.
+        """list of {"role": str, "content": str} -> the prompt, BOS included if the template has it.
         Raises ValueError where there is no chat template, or where it refuses the messages."""
-        import jinja2
-
         if self.chat_template is None:
-            raise ValueError(f"{self.folder}: no chat_template in tokenizer_config.json; give the prompt as plain text")
+            raise ValueError(f"{self.folder}: no chat_template; give the prompt as plain text")
+        variables = dict(messages=messages, add_generation_prompt=add_generation_prompt)
+        variables |= dict(bos_token=self.bos_token or "", eos_token=self.eos_token or "")
         try:
-            return compiled(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "",
-            )
+            return compiled(self.chat_template).render(variables, tools=None, documents=None)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{self.folder}: the chat template does not take these messages: {error}") from error
+            raise ValueError(f"{self.folder}: its chat template refuses: {error}") from error
 
 
-@lru_cache  # compiling takes longer than encoding a prompt
-def compiled(chat_template):
-    """The jinja2.Template of its source."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is code that came with a download
+def raise_exception(message):  # chat templates call it by this name
+    raise jinja2.TemplateError(message)
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(chat_template)
+# A sandbox, as templates are code that came with a download.
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.add_extension("jinja2.ext.loopcontrols")
+TEMPLATES.globals["raise_exception"] = raise_exception
+compiled = lru_cache(TEMPLATES.from_string)  # takes longer than encoding a prompt
 
 
 def read_json(path):
     """The object in a JSON file; empty if there is no such file. Raises ValueError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object; fetch it again")
-    return value
+        return {**json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not readable as a JSON object ({error})") from error
 
 
 class TokenizerJson:
-    bos_token_id = eos_token_id = None  # the file does not say which tokens these are
-
-    def __init__(self, path):
-        from tokenizers import Tokenizer as Library
-
-        self.library = Library.from_file(str(path))
-        self.library.no_truncation()  # some files ask for it, and would cut long prompts without a word
+    def __init__(self, path, config):
+        self.special_ids = {}  # the file does not say which are BOS and EOS
+        self.library = tokenizers.Tokenizer.from_file(str(path))
+        self.library.no_truncation()  # some files ask for it, and would cut long prompts silently
         self.library.no_padding()
-        self.token, self.size = self.library.id_to_token, self.library.get_vocab_size()
-
-    def id(self, token):
-        return None if token is None else self.library.token_to_id(token)
+        ids = self.library.get_vocab()
+        self.id, self.token, self.size = ids.get, self.library.id_to_token, len(ids)
 
     def encode(self, text, add_special_tokens):
         return self.library.encode(text, add_special_tokens=add_special_tokens).ids
@@ -143,27 +128,25 @@ class Sentencepiece:
     """Sentencepiece sees no special tokens in a text, so the text is cut at them here."""
 
     def __init__(self, path, config):
-        from sentencepiece import SentencePieceProcessor
-
         model = path.read_bytes()
-        self.first = SentencePieceProcessor(model_proto=model)
-        # Only the start of a text gets a space in front, unless the config says `legacy`: then every part does. To stop
-        # it, append `normalizer_spec {add_dummy_prefix: false}` in protobuf's wire format, where the last value wins.
+        self.first = first = SentencePieceProcessor(model_proto=model)
+        # Only a text's start gets a space in front (with `legacy`, every part). To stop it, append
+        # normalizer_spec {add_dummy_prefix: false} in protobuf's wire format: the last value wins.
         self.later = SentencePieceProcessor(model_proto=model + b"\x1a\2\x18\0")
         self.legacy = config.get("legacy", False)
-        pieces = {i: self.first.id_to_piece(i) for i in range(self.first.vocab_size())}
-        self.special = {i: p for i, p in pieces.items() if self.first.is_control(i) or self.first.is_unknown(i)}
-        self.special |= {int(i): t["content"] for i, t in config.get("added_tokens_decoder", {}).items()}
-        pieces |= self.special
+        pieces = {i: first.id_to_piece(i) for i in range(first.vocab_size())}
+        control = [i for i in pieces if first.is_control(i) or first.is_unknown(i)]
+        added = {int(i): t["content"] for i, t in config.get("added_tokens_decoder", {}).items()}
+        self.special = {i: pieces[i] for i in control} | added
+        pieces |= added
         self.ids = {piece: i for i, piece in pieces.items()}
         self.id, self.token, self.size = self.ids.get, pieces.get, max(pieces) + 1
-        longest_first = sorted(self.special.values(), key=len, reverse=True)
-        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        bos, eos = self.first.bos_id(), self.first.eos_id()  # -1: the model has none
-        self.bos_token_id, self.eos_token_id = bos if bos >= 0 else None, eos if eos >= 0 else None
-        # Llama's way, unless the config says otherwise; with tokenizer.json, transformers ignores the config here.
-        self.before = [bos] if config.get("add_bos_token", True) and bos >= 0 else []
-        self.after = [eos] if config.get("add_eos_token", False) and eos >= 0 else []
+        longest_first = sorted(map(re.escape, self.special.values()), key=len, reverse=True)
+        self.cut = re.compile(f"({'|'.join(longest_first)})")
+        bos, eos = first.bos_id(), first.eos_id()  # -1: the model has none
+        self.special_ids = {"bos_token_id": bos, "eos_token_id": eos}
+        self.before = [bos] if bos >= 0 and config.get("add_bos_token", True) else []
+        self.after = [eos] if eos >= 0 and config.get("add_eos_token", False) else []
 
     def encode(self, text, add_special_tokens):
         ids = []

@@ -1,4 +1,7 @@
-"""Tiny random models whose logits have a standard deviation of 1 or more: tiny logits let wrong code pass."""
+"""Tiny random models whose logits have a standard deviation of 1 or more.
+
+Tiny logits let wrong code pass.
+"""
 
 import json
 
@@ -9,18 +12,27 @@ import torch
 from model import Config, Transformer
 
 SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 def on_cuda(test):
     """Marks a test that needs a GPU: `pytest -m cuda` runs it."""
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")(test))
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+    return pytest.mark.cuda(skip(test))
 
 
 def randomise(model, gemma=False, seed=0):
-    """Weights large enough for sharp attention, biases and norms that matter; same names here and in transformers."""
+    """Weights large enough for sharp attention, biases and norms that matter.
+
+    They depend on the names alone, which are the same here and in transformers.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -42,16 +54,20 @@ def build(dtype=torch.float64, model_type="llama", **fields):
 
 
 def ids(n, seed=0):
-    return torch.randint(SIZES["vocab_size"], (n,), generator=torch.Generator().manual_seed(1000 * seed + n))
+    """n random token ids."""
+    generator = torch.Generator().manual_seed(1000 * seed + n)
+    return torch.randint(SIZES["vocab_size"], (n,), generator=generator)
 
 
 def write(folder, **fields):
-    """A checkpoint folder as the hub has them: config.json and model.safetensors of a random Llama."""
+    """A checkpoint folder as on the hub, of a random Llama: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = {**SIZES, "model_type": "llama", **fields}
     (folder / "config.json").write_text(json.dumps(raw))
     state = randomise(Transformer(Config.from_dict(raw))).state_dict()
-    tensors = {(name if name.startswith("lm_head") else f"model.{name}"): t for name, t in state.items()}
+    tensors = {}
+    for name, tensor in state.items():
+        tensors[name if name.startswith("lm_head") else f"model.{name}"] = tensor
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -61,15 +77,17 @@ ALPHABET = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789 \n.,:
 
 def checkpoint(folder, chat_template=None, **fields):
     """write(), and a tokenizer.json of single characters that begins a text with <s>."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
 
     write(folder, bos_token_id=1, eos_token_id=2, **fields)
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="<unk>"))
+    vocabulary = {c: i for i, c in enumerate(ALPHABET)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(ALPHABET[:3])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
