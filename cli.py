@@ -165,7 +165,7 @@ def given_heads(config, model, folder=""):
     """(heads, schedule, span) of a folder, by default --heads, else heads/CKPT, as load_heads()."""
     folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
     name = read_json(folder / "heads.json").get("head")
-    return load_heads(folder, model, HEADS.get(name, PruneHead))[:3]
+    return load_heads(folder, model, HEADS.get(str(name), PruneHead))[:3]
 
 
 def given_stages(config, model, methods):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from download import dolly_file
 
 HELD_OUT = 0.1  # share of every source
-MADE = 100  # needles, and as many sentences to copy, made from a text
+WINDOWS, MADE = 50, 25  # of Python's manual; needles, and as many copies, made from a text
 FIELDS = ("instruction", "context", "response")  # of a row, as in databricks-dolly-15k
 
 
@@ -24,15 +24,17 @@ class Example(NamedTuple):
     response: list  # token ids, to be scored
 
 
-def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_prompt=1024):
+def load(source, tokenizer, prompt_len=256, score_len=None, min_prompt=64, max_prompt=1024):
     """(training Examples, held-out Examples) of `source`; no prompt comes twice in either.
 
-    source: with commas, pydoc (windows of Python's manual), made (needles to find and sentences to
-    copy, in the manual and in the contexts of rows of other sources), dolly, FILE.jsonl (rows with
-    FIELDS), FILE.txt (windows); one Example of each in turn. prompt_len, score_len: tokens of a
-    window's prompt and response; made prompts have about prompt_len, and no response is longer.
+    source: with commas, pydoc (some windows of Python's manual), made (needles to find, sentences
+    to copy, in the manual and in the contexts of rows of other sources), dolly, FILE.jsonl (of
+    FIELDS), FILE.txt (windows); one Example of each in turn. prompt_len: tokens of a window's
+    prompt, and about those of a made one; score_len: tokens of a window's response, and the most
+    of others' (default: a quarter of prompt_len, of rows 128).
     min_prompt, max_prompt: a row whose prompt has fewer or more tokens is left out.
     """
+    row_len, score_len = score_len or 128, score_len or prompt_len // 4
     sources = {name: read_source(name) for name in source.split(",")}
     parts = []
     for held_out in (False, True):
@@ -41,7 +43,7 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
         lists = []
         for name, half in halves.items():
             if isinstance(half, list):
-                lists.append(row_examples(half, tokenizer, score_len, min_prompt, max_prompt))
+                lists.append(row_examples(half, tokenizer, row_len, min_prompt, max_prompt))
             elif name == "made":
                 made = []
                 for text in [half, *map(contexts, rows)]:
@@ -49,7 +51,9 @@ def load(source, tokenizer, prompt_len=512, score_len=128, min_prompt=64, max_pr
                     made.append(copy_examples(text, tokenizer, prompt_len, MADE, score_len))
                 lists.append(in_turn(*made))
             else:
-                lists.append(text_windows(half, tokenizer, prompt_len, score_len))
+                windows = text_windows(half, tokenizer, prompt_len, score_len)
+                spread = -(-len(windows) // WINDOWS) if name == "pydoc" else 1
+                lists.append(windows[::spread])
         each_prompt_once = {tuple(example.prompt): example for example in in_turn(*lists)}
         parts.append([*each_prompt_once.values()])
     return tuple(parts)

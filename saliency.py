@@ -75,9 +75,9 @@ def stored_label(model, example, layers, config, folder):
         ids = torch.tensor(example.prompt + example.response, device=model.device)
         labels = label(model, ids, n, layers, config.teacher, config.over)
         free = ~is_protected(torch.arange(n, device=model.device), n)
+        tensors = {}
         for layer, s in labels.items():
-            labels[layer] = s / s[free].max().clamp(min=1e-30)
-        tensors = {str(layer): s.cpu() for layer, s in labels.items()}
+            tensors[str(layer)] = (s / s[free].max().clamp(min=1e-30)).cpu()
         write_atomic(path, safetensors.torch.save(tensors))
     try:
         tensors = safetensors.torch.load_file(path, device=str(model.device))
@@ -92,14 +92,14 @@ def dense_states(model, ids, layers, gradients=False):
     gradients: the graph starts at the first of the layers: nothing before it needs one.
     """
     x, positions, states = model.embed(ids), model.positions([len(ids)]), {}
+    recompute = gradients and must_recompute(model, len(ids))
     for layer, block in enumerate(model.layers):
         if layer in layers:
             if gradients and not states:
                 x = x.detach().requires_grad_()
             states[layer] = x
-        if gradients and states and must_recompute(model, len(ids)):
-            block = partial(checkpoint, block, use_reentrant=False)
-        x = block(x, positions, [len(ids)])
+        run = partial(checkpoint, block, use_reentrant=False) if recompute and states else block
+        x = run(x, positions, [len(ids)])
     return states, x
 
 
@@ -166,38 +166,31 @@ def draw_heat_map(labels, texts, path, width=48):
     """Paper figure 1: layers x tokens, each layer over its maximum; lines of `width` tokens."""
     import matplotlib.pyplot as plt
 
-    saliency = torch.stack([s / s.max().clamp(min=1e-30) for s in labels.values()]).cpu()  # (L, T)
-    starts, height = range(0, len(texts), width), 1.2 + 0.13 * len(labels)
-    figure, axes = plt.subplots(
-        len(starts), figsize=(16, 0.9 + len(starts) * height), squeeze=False
-    )
+    parts = [s / s.max().clamp(min=1e-30) for s in labels.values()]
+    saliency, starts = torch.stack(parts).sqrt().cpu().numpy(), range(0, len(texts), width)
+    size = (16, 0.9 + len(starts) * (1.2 + 0.13 * len(labels)))
+    figure, axes = plt.subplots(len(starts), figsize=size, squeeze=False, layout="constrained")
     for axis, start in zip(axes[:, 0], starts):
-        part = saliency[:, start : start + width].sqrt()
-        extent = (0, part.shape[1], len(labels), 0)
-        image = axis.imshow(part, aspect="auto", vmin=0, vmax=1, extent=extent)
+        image = axis.imshow(saliency[:, start : start + width], aspect="auto", vmin=0, vmax=1)
         shown = [t.replace("$", r"\$").replace("\n", "\\n") for t in texts[start : start + width]]
-        ticks = [i + 0.5 for i in range(len(shown))]
-        axis.set_xticks(ticks, [t[:14] for t in shown], rotation=90, fontsize=7)
-        axis.set(xlim=(0, width), ylabel="layer")
+        axis.set_xticks(range(len(shown)), [t[:14] for t in shown], rotation=90, fontsize=7)
+        axis.set(xlim=(-0.5, width - 0.5), ylabel="layer")
     figure.colorbar(image, ax=axes, label="square root of saliency / layer's maximum", shrink=0.5)
     cli.save_figure(figure, path)
 
 
 def main():
     config = cli.parse(SaliencyConfig, __doc__)
-    text = prompt_text(config)
-    model, folder = cli.load_model(config)
+    cli.at_least(1, config, "max_tokens")
+    text, (model, folder) = prompt_text(config), cli.load_model(config)
     tokenizer = Tokenizer(folder)
     ids = torch.tensor(tokenizer.encode(text)[: config.max_tokens], device=config.device)
     labels = label(model, ids, len(ids), range(len(model.layers)), config.teacher, over="all")
     rows = [{"layer": layer, "share": sparsity(s)} for layer, s in labels.items()]
-    for row in rows:
-        share = f"{row['share']:6.1%} of {len(ids)} tokens"
-        print(f"layer {row['layer']:3d} | {share} above 10 % of the maximum")
-    out = Path(config.out_dir)
+    what, out = "share of tokens above 10 % of the maximum", Path(config.out_dir)
+    cli.print_table(rows, {"layer": "{layer}", what: "{share:.1%}"})
     draw_heat_map(labels, tokenizer.token_texts(ids.tolist()), out / "heat_map.png")
     curve = {config.teacher: [(r["layer"], r["share"], r["share"], r["share"]) for r in rows]}
-    what = "share of tokens above 10 % of the maximum"
     cli.draw_lines(curve, out / "sparsity.png", xlabel="layer", ylabel=what)
     print(f"figures in {out}/")
     cli.write_rows(config.json, rows)

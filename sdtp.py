@@ -75,26 +75,13 @@ def check_schedule(schedule, heads, num_hidden_layers):
         before = share
 
 
-def span_means(scores, positions, free, span):
-    """Each score becomes the mean over the free rows of its span; one that is not free, anything.
-
-    scores, positions, free: (T,) of one prompt; span i: positions span * i to span * (i + 1) - 1.
-    """
-    # spans are counted among those here, so that a GPU need not be asked which is the last
-    index = F.pad((positions // span).diff() != 0, (1, 0)).cumsum(0)
-    index = index.where(free, len(positions))  # one more, for what is not free
-    both = torch.stack((scores, torch.ones_like(scores)))
-    sums, counts = scores.new_zeros(2, len(positions) + 1).index_add(1, index, both)
-    return (sums / counts)[index]
-
-
 def select(scores, positions, share, seqlens, prompt_lens, span=1):
     """The rows to keep at a stage: the protected, then the highest scores; ties go to the later.
 
     scores: (T,) float32, NaN the lowest; positions: (T,); share: of each prompt; seqlens: rows of
-    each; prompt_lens: tokens of each, dropped ones included. span: neighbours are kept or dropped
-    together, by the mean score of those that are not protected; of the last span that is kept only
-    as many as the count allows, the later ones.
+    each; prompt_lens: tokens of each, dropped ones included. span: tokens of positions span * i to
+    span * (i + 1) - 1 are kept or dropped together, by the mean score of those alive that are not
+    protected; of the last span that is kept only as many as the count allows, the later ones.
 
     Returns ((K,) ascending row indices, rows kept per prompt).
     """
@@ -102,8 +89,11 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     parts = zip(scores.split(seqlens), positions.split(seqlens), prompt_lens)
     for score, here, n in parts:
         free, count = ~is_protected(here, n), min(len(here), alive_count(n, share))
-        if span > 1:
-            score = span_means(score, here, free, span)
+        if span > 1:  # the mean over the free rows of each span; the protected have a bin more
+            bins = (here // span).where(free, n // span + 1)
+            both = torch.stack((score, torch.ones_like(score)))
+            sums, counts = score.new_zeros(2, n // span + 2).index_add(1, bins, both)
+            score = (sums / counts)[bins]
         ranked = score.nan_to_num(nan=-math.inf).masked_fill(~free, math.inf)
         # reversed, as a stable sort keeps the order of equal scores: the later comes first
         order = ranked.flip(0).argsort(descending=True, stable=True)[:count]
@@ -249,8 +239,11 @@ def write_atomic(path, data):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_heads(folder, heads, model, schedule, span=1, **info):

@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # of pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: see DATA)
+    data: str = ""  # pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: built in)
     out_dir: str = "out"  # heads, table, figures, log, labels and checkpoint go here
     resume: bool = False  # go on with the run in out_dir, by its own flags
     # the paper's method
@@ -61,7 +61,7 @@ class TrainConfig:
     # prompts and optimisation
     max_prompt: int = 1024  # rows with a longer prompt, in tokens, are left out
     max_prompts: int = 0  # training prompts at most (0: all)
-    eval_prompts: int = 32  # held-out prompts of the final table
+    eval_prompts: int = 16  # held-out prompts of the final table
     epochs: int = 2  # passes over the training prompts
     accumulate: int = 4  # prompts per step
     lr: float = 2e-3  # highest learning rate of AdamW
@@ -74,6 +74,7 @@ TAU = 1.0  # temperature of the Gumbel-softmax
 MAX_PAIRS = 1_000_000  # of a prompt's tokens in L_rank, before pairs are sampled
 WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.05, 0.01, 1.0  # share of the steps; AdamW's; largest norm
 CHECKPOINT_EVERY = 20  # steps
+WRITTEN = "heads", "log.jsonl", "checkpoint.safetensors", "predictions.png", "eval.json"
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -134,8 +135,7 @@ def row_blocks(q):
     """(rows, keys) slices: blocks of rows, and the keys up to their last."""
     H, T, _ = q.shape
     step = max(16, (2**26 if q.is_cuda else 2**19) // (H * T))  # on the CPU, what its cache holds
-    stops = [*range(step, T, step), T]
-    return [(slice(start, stop), slice(0, stop)) for start, stop in zip([0, *stops], stops)]
+    return [(slice(i, i + step), slice(0, i + step)) for i in range(0, T, step)]
 
 
 def or_itself(alive):
@@ -150,7 +150,7 @@ def scores(q, k, hidden):
 
 
 def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras, alive):
-    """model.attend() of one prompt and its response, in which alive, (T,), 1 or 0, is the mask M."""
+    """model.attend() of one prompt and its response; alive: (T,) the mask M, 1 or 0."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (Hq, T, D)
     seen = visible(positions, positions, extras.window)
@@ -161,9 +161,9 @@ def gumbel_mask(score, alive, share, span, generator):
     """Eq. 2 at one stage: which tokens of a prompt are alive from here on, (n,), 1 or 0 in value.
 
     score: (n,) keep logit - drop logit, None at a share of 0; alive: (n,) the mask so far.
-    The mask keeps what sdtp.select() would keep at inference, of scores with Gumbel noise: as many as the
-    schedule says, as nothing in eq. 8 fixes that number. Its gradient is that of a sigmoid around the
-    lowest score that is kept, the cut (straight-through). The cut moves with the scores.
+    The mask keeps what sdtp.select() would keep at inference, of scores with Gumbel noise: as many
+    as the schedule says, as nothing in eq. 8 fixes that number. Its gradient is that of a sigmoid
+    around the lowest score that is kept, the cut (straight-through).
     """
     n = len(alive)
     positions, here = torch.arange(n, device=alive.device), alive.detach() > 0
@@ -182,8 +182,8 @@ def gumbel_mask(score, alive, share, span, generator):
     slope = torch.sigmoid((z.detach() - cut) / TAU)
     slope = (slope * (1 - slope)).where(here & free, 0.0)
     cut = cut + (slope * (z - z.detach())).sum() / slope.sum()
-    # A token that was dropped before stays so by the product. The 1 that it would get here hands the
-    # stage that dropped it its gradient.
+    # A token that was dropped before stays so by the product: the 1 that it may get here hands its
+    # gradient to the stage that dropped it.
     hard = kept.where(here, z.detach() >= cut.detach()).to(alive.dtype)
     soft = torch.sigmoid((z - cut) / TAU)
     keep = hard + (soft - soft.detach())
@@ -208,10 +208,10 @@ def noisy(score, candidates, free, span, generator):
 
 
 def rank_loss(score, labels, generator=None):
-    """Eq. 6: sum over pairs i < j of log(1 + exp(-(score_i - score_j) sign(label_i - label_j))).
+    """Eq. 6: the sum over pairs i < j of log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
 
-    score, labels: (n,) of one prompt. Of more than MAX_PAIRS pairs that many are drawn, with
-    replacement, and their sum is scaled: an unbiased estimate.
+    score, labels: (n,) pi and s of one prompt. L_lm hardly counts beside a sum, and yet heads learn
+    by it (a trial: results/LOG.md). Of more than MAX_PAIRS pairs that many are drawn: unbiased.
     """
     n = len(score)
     if n * (n - 1) // 2 <= MAX_PAIRS:
@@ -306,9 +306,6 @@ def learning_rate(step, steps, highest):
     return highest * min((step + 1) / (WARMUP * steps), cosine)
 
 
-# ---------------------------------------------------------------------------- checkpoints
-
-
 def save_checkpoint(out, parameters, optimizer, step):
     """One file with all that a run needs to go on: weights, AdamW's moments, the step."""
     tensors = {"step": torch.tensor(step)}
@@ -356,10 +353,8 @@ def draw_predictions(model, heads, examples, config, path):
     for axis, (layer, parts) in zip(axes[0], ranks.items()):
         both = torch.cat(parts, 1).cpu()
         axis.scatter(*both, s=1, alpha=0.3)
-        rho = torch.corrcoef(both)[0, 1]
-        axis.set(
-            title=f"layer {layer}, rho {rho:.2f}", xlabel="label (rank)", ylabel="score (rank)"
-        )
+        axis.set_title(f"layer {layer}, rho {torch.corrcoef(both)[0, 1]:.2f}")
+        axis.set(xlabel="label (rank)", ylabel="score (rank)")
     cli.save_figure(figure, path)
 
 
@@ -371,12 +366,18 @@ def check_flags(config):
     cli.one_of(config, teacher=saliency.TEACHERS, over=saliency.OVER)
     cli.at_least(1, config, "step", "stages", "span", "epochs", "accumulate", "eval_prompts")
     cli.at_least(0, config, "first_layer", "max_prompts", "lm_weight", "mse_weight", "rank_weight")
-    idle = {}
-    if config.shares:
-        idle |= dict.fromkeys(("first_layer", "step", "stages", "ratio"), "--shares")
+    taken = [name for name in WRITTEN if (Path(config.out_dir) / name).exists()]
+    if taken and not config.resume:
+        raise ValueError(f"--out_dir {config.out_dir} has a {taken[0]}: choose another")
+    if not 0 < config.ratio <= 1:
+        raise ValueError(f"--ratio {config.ratio}: a number above 0 and at most 1 is needed")
+    stages = ("first_layer", "step", "stages", "ratio") if config.shares else ()
+    idle = dict.fromkeys(stages, "--shares")
     if config.teacher == "attention_entropy":
         idle["over"] = f"--teacher {config.teacher}"
-    if not any(map(data.is_rows, config.data.split(","))):
+    if config.lm_weight == 0:
+        idle["distill"] = "--lm_weight 0"
+    if not any(name == "dolly" or name.endswith(".jsonl") for name in config.data.split(",")):
         idle["max_prompt"] = f"--data {config.data}"
     for name in idle.keys() & config.given:
         raise ValueError(f"--{name} has no effect with {idle[name]}")
@@ -388,17 +389,17 @@ def make_schedule(config, num_hidden_layers):
         stages = config.first_layer, config.step, config.stages
         return sdtp.paper_schedule(num_hidden_layers, config.ratio, *stages)
     try:
-        pairs = (part.split(":") for part in config.shares.split(","))
+        pairs = [part.split(":") for part in config.shares.split(",")]
         schedule = {int(layer): float(share) for layer, share in pairs}
     except ValueError:
         raise ValueError(f"--shares {config.shares}: LAYER:SHARE with commas is needed") from None
-    if not any(schedule.values()):
-        raise ValueError(f"--shares {config.shares}: no share above 0, so no head to train")
+    if len(schedule) < len(pairs) or not any(schedule.values()):
+        raise ValueError(f"--shares {config.shares}: each layer once, and one share above 0")
     return dict(sorted(schedule.items()))
 
 
 def load_prompts(config, model, tokenizer):
-    """(training, held-out) Examples; ValueError where there is none, or one too long for the model."""
+    """(training, held-out) Examples; ValueError where none is, or one is too long for the model."""
     training, held_out = data.load(config.data, tokenizer, max_prompt=config.max_prompt)
     training, held_out = training[: config.max_prompts or None], held_out[: config.eval_prompts]
     if not training or not held_out:
@@ -414,14 +415,10 @@ def main():
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly")
     check_flags(config)
     out, (model, folder) = Path(config.out_dir), cli.load_model(config)
-    layers = len(model.layers)
+    layers, width = len(model.layers), model.config.hidden_size
     schedule = make_schedule(config, layers)
     torch.manual_seed(config.seed)
-    heads = {
-        layer: sdtp.PruneHead(model.config.hidden_size)
-        for layer, share in schedule.items()
-        if share
-    }
+    heads = {layer: sdtp.PruneHead(width) for layer in schedule if schedule[layer]}
     sdtp.check_schedule(schedule, heads, layers)
     for head in heads.values():
         torch.nn.init.zeros_(head.fc2.weight)  # states are large: random scores would be saturated
@@ -430,21 +427,19 @@ def main():
     n = int(statistics.median(len(e.prompt) for e in examples))
     mean_alive = statistics.mean(alive_per_layer(schedule, n, layers)) / n
     cost = schedule_flops(model.config, schedule, n) / schedule_flops(model.config, {}, n)
-    print(f"alive from layer: {schedule}; mean {mean_alive:.1%} of {n} tokens; the prefill runs")
-    print(f"{cost:.1%} of dense's FLOPs" + ": NOTHING IS SAVED" * (cost >= 1), flush=True)
+    print("alive from layer", ", ".join(f"{k}: {share:.3g}" for k, share in schedule.items()))
+    note = f"{cost:.1%} of dense's FLOPs" + ": NOTHING IS SAVED" * (cost >= 1)
+    print(f"mean alive {mean_alive:.1%} of {n} tokens, {note}", flush=True)
     sdtp.write_atomic(out / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     train(model, heads, schedule, examples, config)
     info = {k: v for k, v in asdict(config).items() if k not in ("span", "out_dir", "resume")}
-    sdtp.save_heads(
-        out / "heads", heads, model, schedule, config.span, **info, prompts=len(examples)
-    )
+    info["prompts"] = len(examples)
+    sdtp.save_heads(out / "heads", heads, model, schedule, config.span, **info)
     draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
     print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
-    methods, stages = (
-        ["dense", "sdtp", "random", "most_recent", "teacher"],
-        (heads, schedule, config.span),
-    )
-    rows = eval_tasks.perplexity(model, held_out, methods, {"": stages}, seed=config.seed)
+    methods = ["dense", "sdtp", "random", "most_recent", "teacher"]
+    stages = {"": (heads, schedule, config.span)}
+    rows = eval_tasks.perplexity(model, held_out, methods, stages, seed=config.seed)
     eval_tasks.print_rows(rows)
     cli.write_rows(out / "eval.json", rows, source=config.data, seed=config.seed)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)

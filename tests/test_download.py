@@ -33,6 +33,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "__file__", str(tmp_path / "code/download.py"))
 
 
 def original(tied=True):
@@ -168,7 +169,6 @@ def test_folders_come_first(tmp_path, monkeypatch, capsys):
     download.main()
     assert capsys.readouterr().out == "mine\n"
     assert download.checkpoint_folder(str(tmp_path / "mine")) == tmp_path / "mine"
-    monkeypatch.setattr(download, "__file__", str(tmp_path / "code/download.py"))
     beside, here = tmp_path / "code/checkpoints/mistral-7b", Path("checkpoints/mistral-7b")
     for folder in (beside, here):
         folder.mkdir(parents=True)

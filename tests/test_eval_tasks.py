@@ -402,7 +402,7 @@ def place(tmp_path, monkeypatch):
     save_heads(tmp_path / "late", {5: PruneHead(32)}, model, {5: 0.9})
     (tmp_path / "t.txt").write_text("".join(chr(ord("a") + i) * 50 for i in range(20)))
     row = {"instruction": "what?", "response": "yes"}
-    contexts = [f"{i} " + "x" * (20 * i % 1200) for i in range(200)]
+    contexts = [f"{i} " + "x" * (7 * i % 600) for i in range(200)]
     lines = [json.dumps(row | {"context": context}) for context in contexts]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
@@ -424,32 +424,32 @@ def test_script_windows(place, monkeypatch, capsys):
     """--limit windows spread over the text, a table for each budget, rows with origin, a figure."""
     seen, run = [], eval_tasks.response_nats
     monkeypatch.setattr(eval_tasks, "response_nats", lambda *a: seen.append(a[1]) or run(*a))
-    flags = f"{WINDOWS} --methods sdtp,random+h2o --keep 0.9,0.8 --seed 3"
-    rows = script(monkeypatch, flags + " --rows all.jsonl --figure f.png")
+    flags = f"{WINDOWS} --methods sdtp,random+h2o --keep 0.9,0.8"
+    rows = script(monkeypatch, flags + " --seed 3 --rows all.jsonl --figure f.png")
     letters = dict.fromkeys("".join(tiny.ALPHABET[t] for t in e.response)[0] for e in seen)
     assert list(letters) == list("aeimq")
-    names = ["dense", "sdtp", "random+h2o"]
-    assert [(r["keep"], r["method"]) for r in rows] == [(k, m) for k in (0.9, 0.8) for m in names]
+    assert [row["method"] for row in rows] == ["dense", "sdtp", "random+h2o"] * 2
     origin = {"commit", "command", "versions", "machine", "source", "mean_alive", "flops_share"}
     assert all(origin <= row.keys() and row["seed"] == 3 for row in rows)
     assert place.joinpath("f.png").read_bytes()[:4] == b"\x89PNG"
     assert capsys.readouterr().out.count("% of their prefill's FLOPs") == 1
     assert len(place.joinpath("all.jsonl").read_text().splitlines()) == 5 * (1 + 2 * 2)
+    pairs = list(zip(rows, script(monkeypatch, flags)))
+    assert [a["loss"] == b["loss"] for a, b in pairs] == [True, True, False] * 2
 
 
 def test_script_rows_and_folders(place, monkeypatch):
-    """Held-out rows of 100 to 1,024 tokens; --heads A,B compares folders."""
+    """Held-out rows of MIN_PROMPT, 100, to MAX_PROMPT tokens; --heads A,B compares folders."""
     tokenizer = Tokenizer(place / "tiny")
-    held_out = data.load("d.jsonl", tokenizer, score_len=2, min_prompt=100, max_prompt=1024)[1]
-    held_out = [e for e in held_out if len(e.prompt) < 690]
+    held_out = data.load("d.jsonl", tokenizer, score_len=2, min_prompt=100, max_prompt=400)[1]
     seen, run = [], eval_tasks.response_nats
     monkeypatch.setattr(eval_tasks, "response_nats", lambda *a: seen.append(a[1]) or run(*a))
-    flags = "--data d.jsonl --limit 3 --methods sdtp,earliest --score_len 2"
-    monkeypatch.setattr(eval_tasks, "MAX_PROMPT", 690)
+    flags = "--data d.jsonl --limit 9 --methods sdtp,earliest --score_len 2"
+    monkeypatch.setattr(eval_tasks, "MAX_PROMPT", 400)
     rows = script(monkeypatch, f"{flags} --heads heads/tiny,late")
-    assert [e for i, e in enumerate(seen) if e not in seen[:i]] == held_out[:3]
-    names = ["dense", "sdtp:tiny", "earliest:tiny", "sdtp:late", "earliest:late"]
-    assert [row["method"] for row in rows] == names
+    assert [e for i, e in enumerate(seen) if e not in seen[:i]] == held_out[:9]
+    names = "dense sdtp:tiny earliest:tiny sdtp:late earliest:late"
+    assert " ".join(row["method"] for row in rows) == names
 
 
 def test_script_needles(place, monkeypatch, capsys):
@@ -468,7 +468,6 @@ def test_script_needles(place, monkeypatch, capsys):
     [
         ("", "give --text FILE"),
         ("--text t.txt --data d.jsonl", "give --text FILE"),
-        ("--text t.txt --limit 0", "--limit 0: at least 1"),
         ("--text t.txt --needles 10,x", "--needles 10,x: whole numbers above 0"),
         ("--text t.txt --needles 690 --limit 1", "beyond the model's 700 positions"),
         ("--text t.txt --methods sdtp@16", "unknown method 'sdtp@16' .known: dense"),
@@ -482,7 +481,8 @@ def test_script_needles(place, monkeypatch, capsys):
     ],
 )
 def test_script_mistakes(place, monkeypatch, flags, message):
-    """A user's mistake ends in one line that names it."""
+    """A user's mistake ends in one line that names it, before anything is run."""
+    monkeypatch.delattr(eval_tasks, "fingerprint")  # which is asked for just before
     with pytest.raises(SystemExit, match=message) as error:
         script(monkeypatch, flags)
     assert "\n" not in str(error.value)

@@ -3,249 +3,186 @@
 import json
 import math
 import os
-import subprocess
+import re
 import sys
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
+import cli
 import saliency
+from data import Example
 from model import Transformer
-from saliency import label
+from saliency import label, stored_label
+from sdtp import is_protected
 
-ROOT = Path(__file__).parent.parent
-T = 9
-
-
-def loss_from(model, layer, x, ids, start):
-    """Nats of the tokens from `start` on, when block `layer` reads x: the later blocks, run again."""
-    for block in model.layers[layer:]:
-        x = block(x, torch.arange(len(ids)), [len(ids)])
-    logits = model.lm_head(model.norm(x))
-    return sum(torch.logsumexp(logits[i - 1], 0) - logits[i - 1, ids[i]] for i in range(start, len(ids))).item()
+WINDOW = {"model_type": "mistral", "sliding_window": 3}
+N, T = 5, 7  # tokens of the prompt, and with the response
 
 
-def finite_differences(model, layer, ids, start, eps=1e-5):
-    """(T, hidden_size): input of block `layer`, and the loss's central differences by each of its numbers."""
-    x = model.embed(ids)
+def finite_differences(model, layer, ids, first, eps=1e-5):
+    """(T, hidden_size) twice: input of a block, and central differences of the loss from there."""
+    x, positions = model.embed(ids), torch.arange(T)
     for block in model.layers[:layer]:
-        x = block(x, torch.arange(len(ids)), [len(ids)])
-    slopes = torch.zeros_like(x)
-    for i in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            at = []
-            for sign in (1, -1):
-                moved = x.clone()
-                moved[i, d] += sign * eps
-                at.append(loss_from(model, layer, moved, ids, start))
-            slopes[i, d] = (at[0] - at[1]) / (2 * eps)
-    return x, slopes
+        x = block(x, positions, [T])
+    steps = eps * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+    moved = torch.cat((x + steps, x - steps)).flatten(0, 1)  # packed sequences
+    count = len(moved) // T
+    for block in model.layers[layer:]:
+        moved = block(moved, positions.repeat(count), [T] * count)
+    log_probs = model.logits(moved).log_softmax(-1).unflatten(0, (count, T))
+    nats = -sum(log_probs[:, i - 1, ids[i]] for i in range(first, T))
+    up, down = nats.view(2, *x.shape)
+    return x, (up - down) / (2 * eps)
 
 
-@pytest.mark.parametrize("layer, start", [(0, 1), (2, 6)], ids=["layer 0, all tokens", "layer 2, response"])
-def test_gradient_teachers_equal_finite_differences(layer, start):
-    """grad_x_input is |sum_d dT/dx_d x_d| and grad_norm the L2 norm, of T over all or over the response."""
-    model, ids = tiny.build(), tiny.ids(T)
-    x, slopes = finite_differences(model, layer, ids, start)
-    prompt_lens = None if start == 1 else [start]
-    for teacher, expected in (
-        ("grad_x_input", [abs(sum(g * v for g, v in zip(*row))) for row in zip(slopes.tolist(), x.tolist())]),
-        ("grad_norm", [math.sqrt(sum(g * g for g in row)) for row in slopes.tolist()]),
-    ):
-        got = label(model, ids, [0, 1, 2], teacher, prompt_lens=prompt_lens)[layer]
-        assert got.shape == (T,) and (got >= 0).all()
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
-        assert got.max() > 1e-2
+@pytest.mark.parametrize("layer, over, fields", [(1, "all", {}), (2, "response", WINDOW)])
+def test_gradient_teachers_equal_finite_differences(layer, over, fields):
+    """grad_x_input is |sum_d dT/dx_d x_d| and grad_norm its L2 norm, over the prompt's tokens."""
+    model, ids = tiny.build(**fields), tiny.ids(T)
+    x, slopes = finite_differences(model, layer, ids, N if over == "response" else 1)
+    expected = {"grad_x_input": (slopes * x).sum(-1).abs(), "grad_norm": slopes.norm(dim=-1)}
+    for teacher, values in expected.items():
+        got = label(model, ids, N, [0, layer], teacher, over)
+        assert got.keys() == {0, layer} and got[layer].dtype == torch.float32
+        torch.testing.assert_close(got[layer], values[:N].float(), rtol=1e-4, atol=1e-5)
+        assert got[layer].max() > 0.1 and got[layer].std() > 0.01
+        if (teacher, over) == ("grad_x_input", "response"):  # the paper's, so the default
+            assert torch.equal(got[layer], label(model, ids, N, [0, layer])[layer])
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{}, WINDOW], ids=["llama", "window"])
+def test_entropy_equals_transformers(fields, tmp_path):
+    """attention_entropy is 1 - mean entropy / log(visible tokens) of transformers' weights."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.write(tmp_path, **fields)
+    ids, n, how = tiny.ids(23), 20, {"attn_implementation": "eager", "dtype": torch.float64}
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
+    maps = hf(ids[None], output_attentions=True).attentions
+    model = Transformer.from_pretrained(tmp_path, torch.float64)
+    labels = label(model, ids, n, [0, 2], "attention_entropy")
+    in_blocks = saliency.entropy_label(model, ids, n, [0, 2], rows=7)  # the last one is short
+    for layer, got in labels.items():
+        expected = []
+        for i in range(n):
+            seen = min(i + 1, fields.get("sliding_window", i + 1))
+            rows = maps[layer][0, :, i].tolist()
+            entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in rows]
+            mean = sum(entropies) / len(entropies)
+            expected.append(1 - mean / math.log(seen) if seen > 1 else 1.0)
+        torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_blocks[layer], got, rtol=0, atol=1e-6)
+        assert 0.05 < got.min() < 0.9 and got[0] == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_that_are_recomputed(recompute, monkeypatch):
+    """The labels are the same; no block before the first stage is in the graph, or runs again."""
+    model, ids, calls = tiny.build(), tiny.ids(T), []
+    expected = label(model, ids, N, [1, 2])
+
+    for layer, block in enumerate(model.layers):
+        note = lambda block, args, layer=layer: calls.append((layer, args[0].requires_grad))  # noqa: E731
+        block.register_forward_pre_hook(note)
+    monkeypatch.setattr(saliency, "must_recompute", lambda model, tokens: recompute)
+    got = label(model, ids, N, [1, 2])
+    assert all(torch.equal(got[layer], expected[layer]) for layer in (1, 2))
+    again = [(1, True), (2, True)] * recompute
+    assert sorted(calls) == sorted([(0, False), (1, True), (2, True), *again])
+
+
+def test_must_recompute(monkeypatch):
+    """Where a prompt's states would take more than a quarter of the memory, and only there."""
+    kept = 3 * (12 * 32 + 4 * 48) * 4  # bytes of a token: layers, widths, float32
+    sizes = {"SC_PHYS_PAGES": 4 * 100, "SC_PAGE_SIZE": kept}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    found = [saliency.must_recompute(tiny.build(torch.float32), n) for n in (99, 100, 101)]
+    assert found == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "tokens, n, how, error",
+    [
+        (5, 3, {"teacher": "magic"}, "'magic'"),
+        (5, 3, {"over": "prompt"}, "'prompt'"),
+        (5, 5, {}, "no token to predict"),
+        (1, 1, {"over": "all"}, "no token to predict"),
+    ],
+)
+def test_what_cannot_be_labelled(tokens, n, how, error):
+    """Another teacher, another loss, and nothing to predict are named."""
+    with pytest.raises(ValueError, match=error):
+        label(tiny.build(), tiny.ids(tokens), n, [1], **how)
 
 
 @pytest.mark.parametrize("teacher", saliency.TEACHERS)
-@pytest.mark.parametrize("response", [True, False])
-def test_packed_equals_single(teacher, response):
-    """Packed sequences get the labels of each by itself, windows included; no parameter gets a gradient."""
-    model = tiny.build(model_type="mistral", sliding_window=5)
-    seqlens, prompt_lens = [9, 17, 6], [5, 12, 4]
-    parts = [tiny.ids(n, seed=n) for n in seqlens]
-    packed = label(model, torch.cat(parts), [1, 2], teacher, seqlens, prompt_lens if response else None)
-    assert list(packed) == [1, 2]
-    for i, ids in enumerate(parts):
-        alone = label(model, ids, [1, 2], teacher, prompt_lens=[prompt_lens[i]] if response else None)
-        for layer in (1, 2):
-            torch.testing.assert_close(packed[layer].split(seqlens)[i], alone[layer], rtol=1e-5, atol=1e-5)
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+def test_stored_label(teacher, tmp_path, monkeypatch):
+    """label() over its largest droppable value; computed once; each prompt has its own file."""
+    model, config, calls = (
+        tiny.build(torch.float32),
+        SimpleNamespace(teacher=teacher, over="all"),
+        [],
+    )
+    monkeypatch.setattr(saliency, "label", lambda *args: calls.append(args) or label(*args))
+    stored = partial(stored_label, model, config=config, folder=tmp_path / "labels")
+    ids, free = tiny.ids(36), ~is_protected(torch.arange(30), 30)
+    example, plain = (
+        Example(ids[:30].tolist(), ids[30:].tolist()),
+        label(model, ids, 30, [0, 2], teacher, "all"),
+    )
+    first, again = stored(example, [0, 2]), stored(example, {0: "head", 2: "head"})
+    for layer in (0, 2):
+        torch.testing.assert_close(first[layer], plain[layer] / plain[layer][free].max())
+        assert first[layer][free].max() == 1 and torch.equal(first[layer], again[layer])
+    assert len(calls) == 1
+    other = stored(Example(example.prompt, [1, 2]), [0, 2])
+    assert len(calls) == 2 and (teacher == "attention_entropy") == torch.equal(first[2], other[2])
+    for path in (tmp_path / "labels").iterdir():
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"labels/\w+.safetensors is damaged .*delete it"):
+        stored(example, [0, 2])
+    monkeypatch.setattr(saliency, "label", lambda *args: {1: torch.zeros(30)})
+    assert not stored(Example([5] * 30, [6]), [1])[1].any()  # and not NaN
+
+
+def test_sparsity():
+    """Figure 2 counts the tokens above a tenth of the largest."""
+    assert saliency.sparsity(torch.tensor([10.0, 1.0, 1.1, 0.0])) == 0.5
+    assert saliency.sparsity(torch.tensor([0.1, 0.1])) == 1
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    """python saliency.py prints the share of each layer and writes both figures and the rows."""
+    folder = tiny.checkpoint(tmp_path / "tiny")
+    flags = f"saliency.py --ckpt {folder} --dtype float32 --out_dir {tmp_path}/out".split()
+    flags += ["--json", f"{tmp_path}/rows.json"]
+    monkeypatch.setattr(sys, "argv", [*flags, "--prompt", "price: $5 and _10_ ^ more\n" * 2])
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    saliency.main()
+    for name in ("heat_map.png", "sparsity.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    rows, printed = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
+    assert [row["layer"] for row in rows] == [0, 1, 2] and {"commit", "command"} <= rows[0].keys()
+    for row in rows:
+        assert re.search(
+            rf"^{row['layer']} +{row['share']:.1%}$", printed.replace("  \n", "\n"), re.M
+        )
+    monkeypatch.setattr(sys, "argv", [*flags, "--prompt", "x", "--max_tokens", "0"])
+    with pytest.raises(SystemExit, match="--max_tokens 0"):
+        cli.run(saliency.main)
 
 
 @tiny.on_cuda
 @pytest.mark.parametrize("teacher", saliency.TEACHERS)
 def test_cuda_equals_cpu(teacher):
-    """Labels of packed sequences on CUDA are the CPU's, blocks recomputed as there by default."""
-    model, seqlens, prompt_lens = tiny.build(), [9, 17, 6], [5, 12, 4]
-    ids = torch.cat([tiny.ids(n, seed=n) for n in seqlens])
-    expected = label(model, ids, [1, 2], teacher, seqlens, prompt_lens)
-    got = label(model.cuda(), ids.cuda(), [1, 2], teacher, seqlens, prompt_lens, checkpoint_blocks=True)
+    """Labels on CUDA are the CPU's."""
+    model, ids = tiny.build(), tiny.ids(30)
+    expected = label(model, ids, 22, [1, 2], teacher)
+    got = label(model.cuda(), ids.cuda(), 22, [1, 2], teacher)
     for layer in (1, 2):
         torch.testing.assert_close(got[layer].cpu(), expected[layer], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
-def test_entropy_equals_transformers(fields, tmp_path):
-    """attention_entropy is 1 - mean entropy / log(visible tokens) of transformers' eager attention weights."""
-    from transformers import AutoModelForCausalLM
-
-    tiny.write(tmp_path, **fields)
-    ids = tiny.ids(23)
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
-    maps = hf(ids[None], output_attentions=True).attentions
-    model = Transformer.from_pretrained(tmp_path, torch.float64)
-    labels = label(model, ids, [0, 2], "attention_entropy")
-    blocks, _ = saliency.entropy_labels(model, ids, [0, 2], [23], block=7)  # the last one short
-    for layer, got in labels.items():
-        assert torch.allclose(got, blocks[layer], rtol=0, atol=1e-6)
-        expected = []
-        for i in range(len(ids)):
-            seen = min(i + 1, fields.get("sliding_window", i + 1))
-            entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in maps[layer][0, :, i].tolist()]
-            expected.append(1 - sum(entropies) / len(entropies) / math.log(seen) if seen > 1 else 1.0)
-        torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-        assert 0.05 < got.min() < 0.9 and got[0] == 1
-
-
-@pytest.mark.parametrize("fields", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
-@pytest.mark.parametrize("starts", [None, [15, 5, 8]])
-def test_response_attention_equals_transformers(fields, starts, tmp_path):
-    """What the rows that predict scored tokens read of each token: transformers' weights, summed over these rows, times its
-    value's norm, the largest head's, mean over the layers 2 to 4 of 6 from there on, of layer 5 its own; in a ragged batch, by
-    blocks of rows."""
-    from transformers import AutoModelForCausalLM
-
-    tiny.write(tmp_path, num_hidden_layers=6, **fields)
-    seqlens = [23, 6, 14]
-    parts = [tiny.ids(n) for n in seqlens]
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
-    model = Transformer.from_pretrained(tmp_path, torch.float64)
-    labels, states = saliency.mark(model, torch.cat(parts), [0, 3, 5], "response_attention", seqlens, starts)
-    blocks, _ = saliency.response_labels(model, torch.cat(parts), [0, 3, 5], seqlens, starts, block=3)
-    assert [round(30 * depth) for depth in saliency.READING] == [10, 25]
-    values = {}  # {layer: (n, key heads * head_dim)}
-    for layer, block in enumerate(hf.model.layers):
-        block.self_attn.v_proj.register_forward_hook(lambda _, x, v, layer=layer: values.update({layer: v[0]}))
-    for i, (ids, n) in enumerate(zip(parts, seqlens)):
-        out = hf(ids[None], output_attentions=True, output_hidden_states=True)
-        rows = range((starts[i] if starts else 1) - 1, n - 1)
-        best = []  # per layer and token
-        for layer, maps in enumerate(out.attentions):
-            size = values[layer].unflatten(-1, (2, -1)).norm(dim=-1).tolist()  # of tokens' key heads, each of two heads
-            heads = [[sum(maps[0, h, q, k].item() for q in rows) * size[k][h // 2] for k in range(n)] for h in range(4)]
-            best.append([max(head[k] for head in heads) for k in range(n)])
-        for layer, later in ((0, best[2:5]), (3, best[3:5]), (5, best[5:])):
-            expected = torch.tensor([sum(b[k] for b in later) / len(later) for k in range(n)], dtype=torch.float64)
-            for got in (labels, blocks):
-                torch.testing.assert_close(got[layer].split(seqlens)[i].double(), expected, rtol=0, atol=2e-5)
-            torch.testing.assert_close(states[layer].split(seqlens)[i], out.hidden_states[layer][0], rtol=0, atol=1e-4)
-            assert expected[-1] == 0 and expected.std() > 0.02  # nothing reads the last token
-
-
-def test_unknown_teacher():
-    """An unknown teacher is an error that names it."""
-    with pytest.raises(ValueError, match="'magic'"):
-        label(tiny.build(), tiny.ids(5), [1], "magic")
-
-
-def test_graph_starts_at_the_first_stage(monkeypatch):
-    """Blocks before the first stage keep nothing for a backward pass."""
-    model, seen = tiny.build(), []
-    for layer, block in enumerate(model.layers):
-        monkeypatch.setattr(
-            block,
-            "forward",
-            lambda x, *a, f=block.forward, i=layer, **k: seen.append((i, x.requires_grad)) or f(x, *a, **k),
-        )
-    label(model, tiny.ids(6), [1], "grad_norm")
-    assert seen == [(0, False), (1, True), (2, True)]
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_attend_by_weights(window):
-    """The teacher's attention gives attend()'s outputs and gradients in float64, ragged and with missing positions."""
-    g, seqlens = torch.Generator().manual_seed(0), [30, 1, 12]
-    shapes = [(sum(seqlens), heads, 8) for heads in (6, 2, 2)]
-    q, k, v = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
-    positions = torch.cat([torch.randperm(2 * n, generator=g)[:n].sort().values for n in seqlens])
-    target = torch.randn(q.shape, generator=g, dtype=torch.float64)
-    results = []
-    for longest in (1024, 0):  # 0: all of it goes to attend()
-        out = saliency.attend_by_weights(q, k, v, positions, positions, seqlens, seqlens, window, longest)
-        results.append((out, *torch.autograd.grad((out * target).sum(), (q, k, v))))
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*results))
-
-
-@pytest.mark.parametrize("teacher", ["grad_norm", "grad_x_input"])
-def test_checkpointed_blocks(teacher, monkeypatch):
-    """Recomputing blocks gives the same labels, and runs each block from the first stage on twice."""
-    model, calls = tiny.build(), []
-    expected = label(model, tiny.ids(20), [1, 2], teacher, [12, 8], [5, 4])
-    for layer, block in enumerate(model.layers):
-        monkeypatch.setattr(block, "forward", lambda *a, f=block.forward, i=layer, **k: calls.append(i) or f(*a, **k))
-    got = label(model, tiny.ids(20), [1, 2], teacher, [12, 8], [5, 4], checkpoint_blocks=True)
-    assert all(torch.equal(got[layer], expected[layer]) for layer in (1, 2))
-    assert sorted(calls) == [0, 1, 1, 2, 2]
-
-
-def test_response_attention_runs_what_it_reads(monkeypatch):
-    """Blocks behind those whose reading counts do not run, unless a stage is there; labels and states are the same."""
-    model, calls = tiny.build(num_hidden_layers=6), []
-    expected = saliency.mark(model, tiny.ids(20), [0, 3, 5], "response_attention", [12, 8], [5, 4])
-    for layer, block in enumerate(model.layers):
-        monkeypatch.setattr(block, "forward", lambda *a, f=block.forward, i=layer, **k: calls.append(i) or f(*a, **k))
-    for layers, depth in (([0, 3], 5), ([5], 6)):
-        got = saliency.mark(model, tiny.ids(20), layers, "response_attention", [12, 8], [5, 4])
-        assert all(torch.equal(g[layer], e[layer]) for g, e in zip(got, expected) for layer in layers)
-        assert calls == list(range(depth)), calls
-        calls.clear()
-
-
-def test_sparsity():
-    """Figure 2 counts tokens above a tenth of the layer's own maximum."""
-    labels = {0: torch.tensor([10.0, 1.0, 1.1, 0.0]), 3: torch.tensor([0.1, 0.1, 0.1, 0.1])}
-    assert saliency.sparsity(labels) == [0.5, 1.0]
-
-
-def test_script(tmp_path):
-    """python saliency.py writes both figures, and rows with their origin."""
-    folder = tiny.checkpoint(tmp_path / "tiny")
-    (tmp_path / "text").write_text("price: $5 and _10_ ^ more\n" * 2)
-    flags = f"--ckpt {folder} --prompt_file {tmp_path}/text --out_dir {tmp_path}/out --json {tmp_path}/rows.json --dtype float32"
-    done = subprocess.run(
-        [sys.executable, ROOT / "saliency.py", *flags.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "Agg"},
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("heat_map.png", "sparsity.png"):
-        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [r["layer"] for r in rows] == [0, 1, 2] and {"commit", "command", "versions", "machine", "seed"} <= rows[
-        0
-    ].keys()
-
-
-@pytest.mark.parametrize("teacher", saliency.TEACHERS)
-def test_noisy_copies(teacher):
-    """Labels are the mean over passes on noisy embeddings, states the clean ones; the same each time; no noise, no change."""
-    model, ids = tiny.build(), tiny.ids(40)
-    how = (teacher, [25, 15], [20, 9])
-    labels, states = saliency.mark(model, ids, [1, 2], *how, noisy_copies=3)
-    clean, clean_states = saliency.mark(model, ids, [1, 2], *how)
-    embed, generator, parts = model.embed, torch.Generator().manual_seed(0), []
-    for _ in range(3):
-        x = embed(ids)
-        noisy = x + saliency.NOISE * x.std() * torch.randn(x.shape, generator=generator).double()
-        model.embed = lambda ids, noisy=noisy: noisy
-        parts.append(saliency.mark(model, ids, [1, 2], *how)[0])
-    for layer in (1, 2):
-        assert torch.allclose(labels[layer], sum(p[layer] for p in parts) / 3, rtol=1e-6)
-        assert not torch.allclose(labels[layer], clean[layer], rtol=1e-3)
-        assert torch.allclose(states[layer], clean_states[layer], rtol=1e-9)

@@ -5,195 +5,176 @@ import math
 import pytest
 import tiny
 import torch
+from test_sdtp import close, kept_by_sort, masked
 
 import scorers
-from model import Transformer
-from sdtp import Schedule, prefill
+from flops import executed_flops, schedule_flops
+from model import KVCache, Transformer
+from sdtp import PruneHead, prefill
 
 FIELDS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 5}}
 each_model = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 
 
 @each_model
-@pytest.mark.parametrize("n, w", [(20, 8), (6, 8)], ids=["long", "shorter than w"])
-def test_last_attention_equals_transformers(fields, n, w, tmp_path):
-    """last_attention is the mean over heads and the last w rows of transformers' eager attention weights."""
+@pytest.mark.parametrize("n", [20, 6], ids=["long", "shorter than w"])
+def test_attention_equals_transformers(fields, n, tmp_path):
+    """The mean of the last 8 rows, and the sum of all, of transformers' eager attention weights."""
     from transformers import AutoModelForCausalLM
 
-    ids = tiny.ids(n)
-    hf = AutoModelForCausalLM.from_pretrained(
-        tiny.write(tmp_path, **fields), attn_implementation="eager", dtype=torch.float64
-    )
-    out = hf(ids[None], output_attentions=True, output_hidden_states=True)
+    how = dict(attn_implementation="eager", dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(tiny.write(tmp_path, **fields), **how)
+    out = hf(tiny.ids(n)[None], output_attentions=True, output_hidden_states=True)
     model = Transformer.from_pretrained(tmp_path, torch.float64)
     for layer, block in enumerate(model.layers):
-        got = scorers.last_attention(w)(out.hidden_states[layer][0], torch.arange(n), [n], block)
-        rows = out.attentions[layer][0][:, max(0, n - w) :]
-        expected = sum(rows[h, i] for h in range(rows.shape[0]) for i in range(rows.shape[1])) / (
-            rows.shape[0] * rows.shape[1]
-        )
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-        assert expected.max() - expected.min() > 0.02
+        given = out.hidden_states[layer][0], torch.arange(n), [n], block
+        weights = out.attentions[layer][0].float()  # (Hq, n, n)
+        wanted = weights[:, -8:].mean((0, 1))
+        assert (scorers.last_attention()(*given) - wanted).abs().max() < 1e-5
+        assert (scorers.accumulated_attention(*given) - weights.sum((0, 1))).abs().max() < 1e-5
+        assert wanted.max() - wanted.min() > 0.02
 
 
-def some_alive():
-    """Two sequences with gaps in their positions: [positions], [rows (T, 32) float64]."""
-    positions = [[0, 1, 4, 6, 7, 11, 12], [0, 3, 4, 5, 9]]
-    return positions, [
-        torch.randn(len(p), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(len(p))) for p in positions
-    ]
+ALIVE = [0, 1, 4, 6, 7, 11, 12, 20, 21, 22], [0, 3, 4, 5, 9]  # of two prompts that lost tokens
 
 
-def loop_attention(block, rows, positions, window):
-    """Attention weights [head][query][key] of one sequence, one dot product at a time."""
-    q, k, _ = block.self_attn.qkv(block.input_layernorm(rows), torch.tensor(positions))
-    n, weights = len(positions), []
-    for h in range(4):
-        weights.append([[0.0] * n for _ in range(n)])
-        for i in range(n):
-            seen = [j for j in range(i + 1) if positions[i] - positions[j] < window]
-            e = {j: math.exp(float(q[i, h] @ k[j, h // 2]) / math.sqrt(block.self_attn.head_dim)) for j in seen}
-            for j in seen:
-                weights[h][i][j] = e[j] / sum(e.values())
+def some_rows():
+    """x (15, 32) float64, positions (15,), seqlens of ALIVE."""
+    x = torch.randn(15, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([*ALIVE[0], *ALIVE[1]]), [10, 5]
+
+
+def loop_products(block, x, positions):
+    """Query times key [head][query][key] of one prompt, one dot product at a time."""
+    x, positions = block.input_layernorm(x), torch.tensor(positions)
+    q, (k, _) = block.self_attn.q(x, positions), block.self_attn.kv(x, positions)
+    rows = range(len(x))
+    return [[[float(q[i, h] @ k[j, h // 2]) for j in rows] for i in rows] for h in range(4)]
+
+
+def loop_attention(block, x, positions, window):
+    """Attention weights [head][query][key] of one prompt."""
+    weights = loop_products(block, x, positions)
+    for rows in weights:
+        for i, row in enumerate(rows):
+            seen = [0 <= positions[i] - p < window for p in positions]
+            e = [math.exp(dot / 8**0.5) if see else 0.0 for dot, see in zip(row, seen)]
+            rows[i] = [value / sum(e) for value in e]
     return weights
 
 
 @each_model
-@pytest.mark.parametrize("heads, pool", [("mean", 1), ("max", 1), (2, 1), (3, 3), ("mean", 3)])
-def test_last_attention_of_what_is_alive(fields, heads, pool):
-    """Packed rows with dropped tokens between them score as one sequence at a time, windows by original position."""
-    block, w = tiny.build(**fields).layers[1], 3
-    positions, x = some_alive()
-    scorer = scorers.last_attention(w, heads, pool)
-    got = scorer(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block).split([7, 5])
-    for rows, p, scores in zip(x, positions, got):
-        weights, expected = loop_attention(block, rows, p, fields.get("sliding_window", 99)), []
-        for j in range(len(p)):
-            by_head = sorted(
-                (sum(weights[h][i][j] for i in range(len(p) - w, len(p))) / w for h in range(4)), reverse=True
-            )
-            best = by_head[: {"mean": 4, "max": 1}.get(heads, heads)]
-            expected.append(sum(best) / len(best))
-        expected = [max(expected[max(0, j - pool // 2) : j + pool // 2 + 1]) for j in range(len(p))]
-        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name, w, pool", [("lazyllm", 1, 1), ("fastkv", 8, 7), ("", 3, 3)])
+def test_attention_of_what_is_alive(fields, name, w, pool):
+    """Packed prompts that lost tokens as one at a time, windows by original position: attention of
+    the last w tokens, and of all."""
+    block, (x, positions, lens) = tiny.build(**fields).layers[1], some_rows()
+    scorer = scorers.SCORERS.get(name) or scorers.last_attention(w, pool)
+    got = scorer(x, positions, lens, block).split(lens)
+    sums = scorers.accumulated_attention(x, positions, lens, block).split(lens)
+    for rows, p, scores, total in zip(x.split(lens), ALIVE, got, sums):
+        weights, n = loop_attention(block, rows, p, fields.get("sliding_window", 99)), len(p)
+        seen = [[sum(weights[h][i][j] for h in range(4)) for i in range(n)] for j in range(n)]
+        assert total.tolist() == pytest.approx([sum(column) for column in seen], abs=1e-5)
+        means = [sum(column[-w:]) / 4 / min(w, n) for column in seen]
+        wanted = [max(means[max(0, j - pool // 2) : j + pool // 2 + 1]) for j in range(n)]
+        assert scores.tolist() == pytest.approx(wanted, abs=1e-5) and scores.dtype == torch.float32
 
 
-@each_model
-@pytest.mark.parametrize("rows", [1, 3, 256])
-def test_accumulated_attention_of_what_is_alive(fields, rows):
-    """In blocks of any number of rows, the attention that each token gets from all queries and heads of its own sequence."""
-    block = tiny.build(**fields).layers[1]
-    positions, x = some_alive()
-    got = scorers.accumulated_attention(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block, rows)
-    for x_i, p, scores in zip(x, positions, got.split([7, 5])):
-        weights = loop_attention(block, x_i, p, fields.get("sliding_window", 99))
-        expected = [sum(weights[h][i][j] for h in range(4) for i in range(len(p))) for j in range(len(p))]
-        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-        assert sum(expected) == pytest.approx(4 * len(p))  # every query gives 1 per head
+def test_accumulated_comes_in_blocks(monkeypatch):
+    """Never a whole map, no key repeated for the heads that share it; as the whole map's sums."""
+    shapes, real = [], scorers.attention_weights
+    q, k, p = torch.randn(150, 4, 8), torch.randn(150, 2, 8), 3 * torch.arange(150)
+    wanted = real(q, k, p, p).sum(1).view(2, 2, 150).sum(1)
+    note = lambda q, k, *rest: shapes.append((len(q), *k.shape)) or real(q, k, *rest)  # noqa: E731
+    monkeypatch.setattr(scorers, "attention_weights", note)
+    assert (scorers.accumulated(q, k, p) - wanted).abs().max() < 1e-4
+    assert shapes == [(64, 64, 2, 8), (64, 128, 2, 8), (22, 150, 2, 8)]
 
 
-@each_model
-def test_accumulated_attention_equals_transformers(fields, tmp_path):
-    """accumulated_attention is the sum over heads and queries of transformers' eager attention weights."""
-    from transformers import AutoModelForCausalLM
-
-    hf = AutoModelForCausalLM.from_pretrained(
-        tiny.write(tmp_path, **fields), attn_implementation="eager", dtype=torch.float64
-    )
-    out = hf(tiny.ids(20)[None], output_attentions=True, output_hidden_states=True)
-    model = Transformer.from_pretrained(tmp_path, torch.float64)
-    for layer, block in enumerate(model.layers):
-        got = scorers.accumulated_attention(out.hidden_states[layer][0], torch.arange(20), [20], block, rows=6)
-        torch.testing.assert_close(got, out.attentions[layer][0].sum((0, 1)), rtol=0, atol=1e-5)
-
-
-@each_model
-@pytest.mark.parametrize("neighbours", [1, 5])
-def test_last_query(fields, neighbours):
-    """The last token's query times each key, summed over heads; mean over the neighbours, absent ones counting 0 as in GemFilter's code."""
-    block = tiny.build(**fields).layers[1]
-    positions, x = some_alive()
-    got = scorers.last_query(torch.cat(x), torch.tensor(sum(positions, [])), [7, 5], block, neighbours).split([7, 5])
-    for rows, p, scores in zip(x, positions, got):
-        q, k, _ = block.self_attn.qkv(block.input_layernorm(rows), torch.tensor(p))
-        dots = [sum(float(q[-1, h] @ k[j, h // 2]) for h in range(4)) for j in range(len(p))]
-        half = neighbours // 2
-        expected = [sum(dots[max(0, j - half) : j + half + 1]) / neighbours for j in range(len(p))]
-        assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4) and scores.dtype == torch.float32
+def test_gemfilter():
+    """What the last query's products with one layer's keys choose, read as a new prompt."""
+    model, lens, cache = tiny.build(num_hidden_layers=5), [40, 12], KVCache(5)
+    ids, expected = torch.cat([tiny.ids(n) for n in lens]), []
+    got = scorers.method("gemfilter", {0: 0.4})(model, ids, lens, cache)
+    for prompt in ids.split(lens):
+        x, n, positions = model.embed(prompt), len(prompt), torch.arange(len(prompt))
+        for block in model.layers[:2]:
+            x = block(x, positions, [n])
+        products = loop_products(model.layers[2], x, range(n))
+        dots = [sum(products[h][-1][j] for h in range(4)) for j in range(n)]
+        means = {j: sum(dots[max(0, j - 2) : j + 3]) / 5 for j in range(n)}
+        expected.append(prompt[kept_by_sort(means, n, 0.4)])
+    assert all(close(g, model(e)[-1]) for g, e in zip(got, expected))
+    assert cache.next_positions().tolist() == list(map(len, expected)) == [16, 5]
+    filtering = [executed_flops(model.config, n, [n] * 2, logit_rows=0) for n in lens]
+    assert cache.extra_flops == sum(map(sum, filtering))
 
 
-def test_norm():
-    """norm is the root of the sum of squares of each row, in float32 whatever x is."""
-    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        got = scorers.norm(x.to(dtype), torch.arange(9), [4, 5], None)
-        expected = [sum(v * v for v in row) ** 0.5 for row in x.to(dtype).tolist()]
-        assert got.tolist() == pytest.approx(expected, rel=1e-5) and got.dtype == torch.float32
+def test_self_information():
+    """Kept, at their positions, are tokens that a forward over those before finds unlikely."""
+    model, lens, cache = tiny.build(), [30, 1, 21], KVCache(3)
+    ids = torch.cat([tiny.ids(n) for n in lens])
+    got = scorers.method("self_information", {0: 0.5})(model, ids, lens, cache)
+    for prompt, logits in zip(ids.split(lens), got):
+        nats = [math.inf]
+        for i in range(1, len(prompt)):
+            nats.append(-model(prompt[:i])[-1].log_softmax(-1)[prompt[i]].item())
+        heads = {0: lambda *_, nats=nats: torch.tensor(nats)}
+        wanted, _ = masked(model, prompt, len(prompt), heads, {0: 0.5})
+        assert close(logits, wanted[-1])
+    passes = [executed_flops(model.config, n, [n] * 3, logit_rows=n) for n in lens]
+    assert cache.extra_flops == sum(map(sum, passes))
 
 
-@each_model
-def test_self_information(fields):
-    """Nats of each token under a forward over those before it alone; each sequence's first token highest; packed equals single."""
-    model, lens = tiny.build(**fields), [12, 1, 9]
-    prompts = [tiny.ids(n) for n in lens]
-    got = scorers.self_information(model, torch.cat(prompts), lens).split(lens)
-    for ids, nats in zip(prompts, got):
-        expected = [-model(ids[:i])[-1].log_softmax(-1)[ids[i]].item() for i in range(1, len(ids))]
-        assert nats[1:].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert nats[0] > max(expected, default=0) and nats.dtype == torch.float32
-        single = scorers.self_information(model, ids, [len(ids)])
-        torch.testing.assert_close(nats, single, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name, first", [("most_recent", 4), ("earliest", 20)])
+def test_ends(name, first):
+    """The first 4 and the end are kept, or the beginning and the protected end."""
+    cache = KVCache(3)
+    scorers.method(name, {1: 0.6})(tiny.build(), tiny.ids(40), [40], cache)
+    assert cache[1].rows()[2].tolist() == [*range(first), *range(16 + first, 40)]
 
 
-@pytest.mark.parametrize("scorer", [scorers.most_recent, scorers.earliest])
-def test_position_scorers_keep_one_end(scorer):
-    """Pruning by most_recent leaves the first tokens and the end of each prompt, by earliest its beginning and the protected end."""
-    model, schedule = tiny.build(), Schedule(3, {1: 0.6, 2: 0.35})
-    ids = torch.cat([tiny.ids(40), tiny.ids(20)])
-    _, cache = prefill(model, ids, dict.fromkeys(schedule, scorer), schedule, [40, 20])
-    for layer, share in schedule.items():
-        expected = []
-        for n in (40, 20):
-            count, latest = int(n * share + 0.5), scorer is scorers.most_recent
-            first = 4 if latest else count - n // 10  # of the beginning
-            expected += [*range(first), *range(n - (count - first), n)]
-        assert cache[layer].rows()[2].tolist() == expected
-
-
-def test_random_is_seeded_and_new_at_every_stage():
-    """The same seed keeps the same tokens; two stages of a run, and two seeds, draw different scores."""
-    model, schedule = tiny.build(), Schedule(3, {1: 0.7, 2: 0.5})
-
-    def run(seed):
-        drawn = []
-        scorer = scorers.random(torch.Generator().manual_seed(seed))
-
-        def spy(*args):
-            drawn.append(scorer(*args))
-            return drawn[-1]
-
-        _, cache = prefill(model, tiny.ids(40), dict.fromkeys(schedule, spy), schedule)
-        return drawn, cache[2].rows()[2].tolist()
-
-    (first, kept), (again, kept_again), (_, other) = run(0), run(0), run(1)
-    assert all(map(torch.equal, first, again)) and kept == kept_again != other
-    assert not torch.equal(first[0][: len(first[1])], first[1])
-    assert first[0].dtype == torch.float32 and 0.2 < torch.cat(first).std() < 0.4
-
-
-def test_random_of_packed_prompts():
-    """With a generator for each prompt, a prompt's scores are those it has alone; one too few is an error."""
-    seeded = lambda *seeds: scorers.random(*(torch.Generator().manual_seed(s) for s in seeds))
-    x = torch.zeros(9, 8)
-    both = seeded(3, 4)(x, None, [5, 4], None)
-    assert torch.equal(both[:5], seeded(3)(x[:5], None, [5], None))
-    assert torch.equal(both[5:], seeded(4)(x[:4], None, [4], None))
-    with pytest.raises(ValueError, match="longer"):
-        seeded(3)(x, None, [5, 4], None)
-
-
-def test_from_labels_reads_by_position():
-    """Labels follow their tokens, prompt by prompt, after others were dropped."""
+def test_scores_of_each_prompt():
+    """Random ones by each prompt's generator, alone or packed, new at every stage; given ones
+    follow their tokens after others were dropped."""
+    seeded = [torch.Generator().manual_seed(seed) for seed in (3, 4, 4)]
+    both, x = scorers.random(*seeded[:2]), torch.zeros(9, 8)
+    first = both(x, None, [5, 4], None)
+    assert torch.equal(first[5:], scorers.random(seeded[2])(x[:4], None, [4], None))
+    assert not torch.equal(both(x, None, [5, 4], None), first) and first.dtype == torch.float32
     labels = [torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64), torch.tensor([7.0, 8.0])]
-    got = scorers.from_labels(labels)(torch.zeros(3, 8), torch.tensor([1, 3, 0]), [2, 1], None)
-    assert got.tolist() == [1.0, 2.0, 7.0] and got.dtype == torch.float32
+    given = scorers.by_position(labels)(x[:3], torch.tensor([1, 3, 0]), [2, 1], None)
+    assert given.tolist() == [1.0, 2.0, 7.0] and given.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", scorers.METHODS)
+def test_methods_cost_the_same(name):
+    """Every method by its name, at stages of its own, at sdtp's FLOPs; scorers at sdtp's stages."""
+    model = tiny.build(torch.float32, num_hidden_layers=8, max_position_embeddings=512)
+    config, n, sdtp, cache = model.config, 400, {2: 0.8, 5: 0.5, 7: 0.0}, KVCache(8)
+    schedule, span = scorers.stages(name, config, sdtp, 16, n)
+    heads = {layer: PruneHead(32) for layer in (2, 5)}
+    labels = dict.fromkeys(sdtp, [torch.rand(n)])
+    how = dict(heads=heads, labels=labels, generators=[torch.Generator()])
+    logits = scorers.method(name, schedule, span, **how)(model, tiny.ids(n), [n], cache)
+    counts = [count for (count,) in cache.alive]
+    cost = sum(executed_flops(config, n, counts)) + cache.extra_flops * (name == "gemfilter")
+    if name == "dense":
+        assert torch.equal(logits, prefill(model, tiny.ids(n))[0]) and schedule == {}
+    elif name in scorers.PEERS:
+        assert cost == pytest.approx(schedule_flops(config, sdtp, n), rel=0.02) and span == 1
+    else:
+        assert (schedule, span) == (sdtp, 16) and counts == [400] * 2 + [320] * 3 + [200] * 2 + [44]
+        if name == "sdtp":
+            assert torch.equal(logits, prefill(model, tiny.ids(n), heads, sdtp, span=16)[0])
+
+
+def test_refused():
+    config = tiny.build(num_hidden_layers=8).config
+    with pytest.raises(ValueError, match="unknown method 'magic' .known: dense, sdtp"):
+        scorers.method("magic", {})
+    with pytest.raises(
+        ValueError, match="layers .4. cannot cost"
+    ):  # half of the model is before it
+        scorers.stages("fastkv", config, {0: 0.2}, 1, 60)

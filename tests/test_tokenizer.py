@@ -13,21 +13,16 @@ from transformers.tokenization_utils_base import generate_merges
 
 from tokenizer import Tokenizer
 
-CORPUS = 20 * [
-    "the quick brown fox jumps over the lazy dog",
-    "def f(x):",
-    "    return",
-    "naïve 漢字",
-]
+CORPUS = 20 * ["the quick brown fox jumps over the lazy dog", "def f(x):", "naïve 漢字"]
 TEXTS = ["", "the dog", "  two  spaces ", "a\n\n\tb\r\n", "12345 naïve 漢字 😀"]
-TEXTS += ["<s>the fox</s>the dog", "the</s> the dog", "<|im_start|>the", "x<|im_start|>"]
+TEXTS += ["<s>the fox</s>the dog", "the</s> the dog", "<|im_start|>the", "x<|im_start|>xx"]
 TEXTS += ["<s><s>the", "</s>", "a<unk>b"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}\n"
     "  {% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
     "<|im_start|>{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
-    "{% if tools is not none %}TOOLS{% endif %}"
+    "{% for x in 'ab' %}{{ x }}{% break %}{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": " the dog "}, {"role": "assistant", "content": "12"}]
@@ -90,20 +85,20 @@ def test_bpe_is_transformers(tmp_path, case):
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_sentencepiece_is_transformers(tmp_path, legacy):
-    config = {"added_tokens_decoder": {"340": {"content": "<|im_start|>", "special": True}}}
+    added = ["<|im_start|>", "<|im_start|>x"]
+    config = {"added_tokens_decoder": {str(340 + i): {"content": added[i]} for i in (0, 1)}}
     ours = Tokenizer(spm(tmp_path, {} if legacy is None else config | {"legacy": legacy}))
     lib = SentencePieceProcessor(model_proto=spm_model())
     vocab = {lib.id_to_piece(i): i for i in range(340)}
     merges = generate_merges(vocab, {lib.id_to_piece(i): lib.get_score(i) for i in range(340)})
     theirs = LlamaTokenizer(vocab, merges, legacy=bool(legacy), add_bos_token=True)
     if legacy is not None:
-        theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        theirs.add_special_tokens({"additional_special_tokens": added})
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_token_id, ours.eos_token_ids, ours.adds_bos) == (1, [2], True)
     for text in TEXTS:
         if not any(token in text for token in SPECIAL):
-            assert ours.encode(text) == [1] + lib.encode(text)
-            assert ours.decode(ours.encode(text)) == text
+            assert ours.encode(text) == (ids := [1] + lib.encode(text)) and ours.decode(ids) == text
         if text.startswith(" ") or legacy and "> " in text:
             continue  # transformers puts no "▁" before a space; sentencepiece does
         ids = theirs.encode(text, add_special_tokens=False)
