@@ -33,7 +33,7 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from model import read_json
-from sdtp import dense, fingerprint, generate
+from sdtp import fingerprint, generate
 from tokenizer import Tokenizer
 
 try:
@@ -426,7 +426,8 @@ def main():
         plans = eval_tasks.plans(model.config, methods, stages, [config.keep], n)
         plans = {method: plan for (_, method), plan in plans.items()}
         if not records:
-            answer(tokenizer, d, model, examples[0].prompt[:64], dense)  # a warm-up
+            first = torch.tensor(examples[0].prompt[:64], device=model.device)
+            generate(model, first, 2)  # a warm-up
         records[d] = predict(config, model, tokenizer, d, rows[d], examples, plans)
     found = table(records, datasets)
     cli.print_table(found, COLUMNS)

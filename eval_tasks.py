@@ -46,9 +46,7 @@ class EvalConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
     heads: str = ""  # folder of trained heads (default: heads/CKPT), or several with commas
     text: str = ""  # UTF-8 file: windows of prompt_len + score_len tokens, or needles in it
-    data: str = (
-        ""  # or a source of train.py, its held-out part: dolly, FILE.jsonl, ..., with commas
-    )
+    data: str = ""  # or a source of train.py, its held-out part: dolly, FILE.jsonl, with commas
     needles: str = ""  # tokens of a prompt with a needle in --text, several with commas
     methods: str = "sdtp,random,most_recent,last_attention,teacher"  # dense always runs
     keep: str = ""  # compute of the paper's stages at this ratio, with commas (default: heads' own)

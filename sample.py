@@ -101,7 +101,7 @@ def cost(name, config, cache, n, heads, times):
         "alive": " ".join(map(str, alive)),
         "held": " ".join(str(held[0] - len(times) + 1) for held in cache.seqlens()),
     }
-    floor = " (at the end the protected alone)" if alive[-1] == protected_count(n) else ""
+    floor = " (at the end the protected alone)" if alive[-1] == protected_count(n) < n else ""
     print(f"\n[{name}] tokens alive per layer: {row['alive']}{floor}")
     if row["held"] != row["alive"]:
         print(f"[{name}] tokens in the KV cache per layer: {row['held']}")

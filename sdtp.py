@@ -56,7 +56,8 @@ def paper_schedule(num_hidden_layers, ratio=0.9, first_layer=4, step=3, stages=1
     """
     layers = range(first_layer, num_hidden_layers, step)[:stages]
     if not layers:
-        raise ValueError(f"no stage fits {num_hidden_layers} layers: --first_layer {first_layer}")
+        model = f"a model of {num_hidden_layers} layers"
+        raise ValueError(f"no stage fits {model}: lower --first_layer of train.py ({first_layer})")
     return {layer: ratio ** (s + 1) for s, layer in enumerate(layers)}
 
 

@@ -29,7 +29,7 @@ LONG = " ".join(f"w{i}" for i in range(1200))
     [
         ("hotpotqa", "The Eiffel Tower!", ["eiffel tower"], 1),
         ("hotpotqa", "in Paris, a city", ["Paris"], 0.5),  # 1 of 3 words, 1 of 1
-        ("hotpotqa", "paris paris", ["Paris is Paris", "London"], 0.8),  # the best answer counts
+        ("hotpotqa", "paris paris", ["London", "Paris is Paris"], 0.8),  # the best answer counts
         ("qasper", "", ["yes"], 0),
         ("triviaqa", "\nBob\nAlice", ["Bob"], 1),
         ("hotpotqa", "\nBob\nAlice", ["Bob"], 2 / 3),  # no first-line rule there
@@ -277,7 +277,7 @@ def test_keep_is_a_budget_at_the_median_prompt(place, tmp_path, monkeypatch):
 
 def test_stopped_and_started_again(place, whole, tmp_path, monkeypatch):
     """Killed within a line: no row twice, none missing, the same answers; nothing is run again."""
-    answer, left = longbench.answer, [9]  # the warm-up is one
+    answer, left = longbench.answer, [8]
 
     def stop(*args):
         left[0] -= 1
@@ -291,11 +291,11 @@ def test_stopped_and_started_again(place, whole, tmp_path, monkeypatch):
     torn = tmp_path / "pred/sdtp/hotpotqa.jsonl"
     assert sum(map(len, predictions(tmp_path).values())) == 8
     torn.write_bytes(torn.read_bytes()[:-30])  # the last line is not whole
-    left[0] = 1 + 48 - 7
+    left[0] = 48 - 7
     rows = run(place, monkeypatch, tmp_path, *FLAGS)
     assert left[0] == 0 and predictions(tmp_path) == predictions(whole[0])
     assert [r["score"] for r in rows] == [r["score"] for r in whole[1]]
-    left[0] = 1 + 8  # another method joins: only it is run
+    left[0] = 8  # another method joins: only it is run
     run(place, monkeypatch, tmp_path, "--methods", "earliest")
     assert left[0] == 0
 

@@ -146,4 +146,5 @@ def test_scripts_understand_the_flags():
         assert (got.ckpt, got.heads, got.device) == ("tiny", "own", "cpu")
         assert Path(got.json) == Path("o") / name / "rows.json"
         assert name == "speed" or (got.limit, got.methods) == (2, "sdtp,most_recent")
-    assert len(parts) == 5 and (got.data, got.max_length) == ("l", 7)
+        assert name in ("speed", "longbench") or got.rows == f"o/{name}/rows.jsonl"
+    assert (len(parts), got.data, got.max_length, got.out_dir) == (5, "l", 7, "o/longbench")

@@ -27,6 +27,7 @@ from train import TrainConfig, gumbel_mask, losses, masked_attend, rank_loss
 N, T = 30, 38  # tokens of example(), and with the response
 FREE = ~sdtp.is_protected(torch.arange(N), N)
 WINDOW = {"model_type": "mistral", "sliding_window": 9}
+STAGES = "--first_layer 1 --step 1"
 
 
 def seeded(seed=0):
@@ -158,8 +159,8 @@ def test_lm_gradient_by_the_masks_equals_loop(fields, recompute, monkeypatch):
     monkeypatch.setattr(saliency, "must_recompute", lambda *_: recompute)
     _, terms = run_losses(model, heads, {1: 0.7, 2: 0.5}, one)
     got = torch.autograd.grad(terms["lm"], drawn)
-    ids, alive = torch.tensor(one.prompt + one.response), torch.ones(18, dtype=torch.float64)
-    x = model.embed(ids)
+    ids = torch.tensor(one.prompt + one.response)
+    x, alive = model.embed(ids), torch.ones(18, dtype=torch.float64)
 
     def attend(q, k, v, *rest):
         return loop_attention(q, k, v, alive, rest[-1])
@@ -290,7 +291,6 @@ def test_losses_equal_loops(monkeypatch):
         mse += sum((1 / (1 + math.exp(-score)) - y) ** 2 for score, y in rows) / len(rows)
         rank += loop_rank(*torch.tensor(rows).double().T)
     log_probs = seen[0][1].log_softmax(-1)
-    assert len(log_probs) == len(one.response)
     lm = -sum(log_probs[i, token].item() for i, token in enumerate(one.response)) / len(log_probs)
     terms["loss"], total = loss, 2 * lm + 30 * mse + 0.01 * rank
     expected = {"lm": lm, "mse": mse, "rank": rank, "loss": total}
@@ -367,9 +367,6 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run(folder, "unbroken", patch)
     return folder
-
-
-STAGES = "--first_layer 1 --step 1"
 
 
 def argv(world, out, more):
