@@ -531,12 +531,16 @@ def read_json(path):
 
 
 def read_tensors(folder):
-    """Yields (file, name, tensor) of model.safetensors or, without it, model*.safetensors."""
-    whole = folder / "model.safetensors"
-    paths = [whole] if whole.is_file() else sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"{whole} does not exist, nor shards of it")
-    for path in paths:
+    """Yields (file, name, tensor) of model.safetensors, or of the shards that its index names."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: weight_map is missing")
+        names = sorted({Path(name).name for name in weight_map.values()})  # none elsewhere
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():

@@ -109,12 +109,18 @@ def test_shards_equal_transformers(family, tied, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert not (tmp_path / "model.safetensors").exists()
     assert (load(tmp_path)(tiny.ids(T)) - logits_of(hf)).abs().max() <= 1e-4
+    missing = sorted(tmp_path.glob("*.safetensors"))[1]
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing.name} does not exist"):
+        load(tmp_path)
 
 
-def test_qwen2_window_default():
-    """A Qwen2 config that is silent about the window has the one of transformers' class."""
-    raw = dict(tiny.SIZES, model_type="qwen2", use_sliding_window=True, max_window_layers=1)
-    assert [Config.from_dict(raw).window(layer) for layer in range(3)] == [None, 4096, 4096]
+def test_window_defaults():
+    """A config that is silent about the window has the one of transformers' class, null is none."""
+    silent = dict(tiny.SIZES, model_type="qwen2", use_sliding_window=True, max_window_layers=1)
+    assert [Config.from_dict(silent).window(layer) for layer in range(3)] == [None, 4096, 4096]
+    null = dict(tiny.SIZES, model_type="mistral", sliding_window=None)
+    assert Config.from_dict(null).window(0) is None
 
 
 def test_bfloat16_stays_close(tmp_path):
