@@ -140,7 +140,7 @@ def variants(config, model, methods, stages, n, size):
     keeps, found = [0.0], {}
     if config.keep:
         keeps = cli.numbers("keep", config.keep, float, lambda keep: 0 < keep <= 1)
-    draws = [torch.Generator().manual_seed(config.seed)] * size
+    draws = [torch.Generator().manual_seed(config.seed + i) for i in range(size)]
     for (keep, name), plan in plans(model.config, methods, stages, keeps, n).items():
         made = scorers.method(plan.name, plan.schedule, plan.span, plan.heads, None, draws)
         keep = 0.0 if plan.name == "dense" else keep

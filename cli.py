@@ -78,12 +78,16 @@ def comments(config_class):
     return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
 
 
+RUN_FILES = "config.json", "heads", "labels", "log.jsonl", "checkpoint.safetensors", "eval.json"
+
+
 def resume_flags(config):
     """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there."""
     out = Path(config.out_dir)
     if not config.resume:
-        if (out / "config.json").exists():
-            raise ValueError(f"{out} holds a run: go on by --resume, or choose another --out_dir")
+        for name in RUN_FILES:
+            if (out / name).exists():
+                raise ValueError(f"{out} holds a run ({name}): --resume, or another --out_dir")
         return
     saved = read_json(out / "config.json")
     if (out / "eval.json").is_file():
@@ -127,6 +131,7 @@ def load_model(config):
     dtype = device_and_dtype(config)
     folder = checkpoint_folder(config.ckpt)
     model = Transformer.from_pretrained(folder, dtype, config.device)
+    config.dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     describe(model, Path(config.ckpt).name, folder)
     return model, folder
 

@@ -145,6 +145,9 @@ def row_examples(rows, tokenizer, score_len, min_prompt, max_prompt):
         response = tokenizer.encode(row["response"].strip(), add_special_tokens=False)
         if min_prompt <= len(prompt) <= max_prompt and response:
             examples.append(Example(prompt, response[:score_len]))
+    if left_out := len(rows) - len(examples):
+        why = f"no context, no response, or no prompt of {min_prompt} to {max_prompt} tokens"
+        print(f"{left_out} of {len(rows)} rows left out: {why}", flush=True)
     return examples
 
 

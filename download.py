@@ -27,8 +27,6 @@ HUB = {
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
     "qwen2-7b": "Qwen/Qwen2-7B",
     "gemma-7b": "google/gemma-7b",
-    "bloom-7b": "bigscience/bloom-7b1",
-    "gpt-oss-20b": "openai/gpt-oss-20b",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 HUB_FILES = re.compile(r"(?!consolidated)[^/]+\.(json|safetensors|jinja|model)")
@@ -68,7 +66,7 @@ def dolly_file():
     if not file.is_file():
         from huggingface_hub import dataset_info, hf_hub_download
 
-        with one_line_errors(DOLLY, f"pass --data FILE.jsonl, or put the file at {file}"):
+        with one_line_errors(DOLLY, f"pass --data FILE.jsonl or pydoc,made, or put it at {file}"):
             dataset_info(DOLLY)  # without a network this fails at once, the download after a minute
             hf_hub_download(DOLLY, file.name, repo_type="dataset", local_dir=file.parent)
     return file

@@ -211,8 +211,9 @@ def task_rows(name, task, lm, limit=None):
     prompt_tokens: mean over the prompts; metrics: all of the harness's; eval_tasks.costs().
     """
     answered = {"dense": samples(name, task, lm, limit)}  # runs all methods
-    for lm.method in list(lm.found)[1:]:
-        answered[lm.method] = samples(name, task, lm, limit)
+    for method in list(lm.found)[1:]:
+        lm.method = method  # whose answers it gives
+        answered[method] = samples(name, task, lm, limit)
     lens, rows = [len(e.prompt) for e in lm.examples], []
     for method, (metric, values, metrics) in answered.items():
         row = {"task": name, "method": method, "num_fewshot": task.get_config("num_fewshot")}

@@ -19,10 +19,10 @@ def alive_per_layer(schedule, n, num_hidden_layers):
 
 def pairs(alive, window=None):
     """(query, key) pairs of causal attention; alive: ascending positions, or how many from 0 on."""
-    n = alive if isinstance(alive, int) else len(alive)
+    positions = torch.arange(alive) if isinstance(alive, int) else alive
+    n = len(positions)
     if window is None:
         return n * (n + 1) // 2
-    positions = torch.arange(n) if isinstance(alive, int) else alive
     first = torch.searchsorted(positions, positions - window + 1)
     return int((torch.arange(n, device=positions.device) - first + 1).sum())
 
@@ -30,8 +30,8 @@ def pairs(alive, window=None):
 def executed_flops(config, n, alive, heads=None, logit_rows=1):
     """(linear, attention, heads): the FLOPs that a prefill of one prompt of n tokens runs.
 
-    alive: at each layer the number of tokens or, for a window to be exact, their positions;
-    logit_rows: that the LM head runs on. Scorers that have no weights are not counted.
+    alive: at each layer the number of tokens or, for a window, their positions; logit_rows: that
+    the LM head runs on. Scorers without weights are not counted.
     """
     d, f, D = config.hidden_size, config.intermediate_size, config.head_dim
     Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
@@ -57,7 +57,7 @@ def paper_flops(config, alive):
 
 
 def schedule_flops(config, schedule, n):
-    """Executed FLOPs of a prefill of n tokens by a schedule, with the paper's heads."""
+    """Executed FLOPs of a prefill of n tokens by a schedule, the paper's heads at its stages."""
     with torch.device("meta"):
         heads = {layer: PruneHead(config.hidden_size) for layer, share in schedule.items() if share}
     alive = alive_per_layer(schedule, n, config.num_hidden_layers)
@@ -66,6 +66,8 @@ def schedule_flops(config, schedule, n):
 
 def at_keep(config, schedule, keep, n):
     """--keep: the schedule of these stages that costs, at n tokens, what the paper's at keep do."""
+    if config.num_hidden_layers < 5:
+        raise ValueError("--keep goes by the paper's stages, from layer 4 on: leave it out")
     paper = paper_schedule(config.num_hidden_layers, keep)
     if sorted(schedule) == list(paper) and all(schedule.values()):
         return paper  # shares of keep**s
@@ -75,9 +77,8 @@ def at_keep(config, schedule, keep, n):
 def meet_budget(config, schedule, budget, n):
     """The schedule that costs `budget` FLOPs at n tokens, as nearly as counts allow.
 
-    All shares above 0 are raised to one power. A share of 0 stays; where it is too cheap even with
-    all others at 1, it moves to the first later layer where it is not, or goes. ValueError for a
-    budget that is too small.
+    Shares above 0 are raised to one power. A share of 0 stays; too cheap even with all others at 1,
+    it moves to the first later layer where it is not, or goes. ValueError for too small a budget.
     """
 
     def powered(power):

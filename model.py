@@ -139,6 +139,7 @@ class RoPE:
         # float32 on the CPU, and no buffer: models are built on the meta device, and then cast
         even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         self.frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D / 2,)
+        self.last = None, None, None, None  # positions, dtype, and their cos and sin
         if kind == "linear":
             self.frequencies /= scaling["factor"]
         if kind == "llama3":
@@ -150,9 +151,12 @@ class RoPE:
 
     def __call__(self, x, positions):
         """x: (T, H, D) turned by positions: (T,)."""
-        self.frequencies = self.frequencies.to(x.device)
-        angles = torch.outer(positions.float(), self.frequencies).unsqueeze(1)  # (T, 1, D / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        last_positions, dtype, cos, sin = self.last  # those of the layer before, as a rule
+        if positions is not last_positions or x.dtype != dtype:
+            self.frequencies = self.frequencies.to(x.device)
+            angles = torch.outer(positions.float(), self.frequencies).unsqueeze(1)  # (T, 1, D / 2)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            self.last = positions, x.dtype, cos, sin
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

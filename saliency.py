@@ -36,7 +36,7 @@ def label(model, ids, n, layers, teacher="grad_x_input", over="response"):
     the sum of the cross-entropies, in nats, of the response's tokens or, over "all", of all tokens
     but the first.
 
-    grad_x_input       |sum_d dT/dx_d * x_d|: eq. 3, and its size, as importance has no sign
+    grad_x_input       |sum_d dT/dx_d * x_d|: absolute value of eq. 3: importance has no sign
     grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
     attention_entropy  see entropy_label(); needs no loss and no backward
 
@@ -65,11 +65,11 @@ def label(model, ids, n, layers, teacher="grad_x_input", over="response"):
 def stored_label(model, example, layers, config, folder):
     """label() of an Example over its largest droppable value, {layer: (n,)}, kept in a folder.
 
-    A first token that all attend to would flatten everything else; it is protected, so not counted.
-    config: its teacher and over; folder: of files named after the prompt, so that each is labelled
-    once. ValueError for a damaged file.
+    A first token that all attend to, which would flatten the others, is protected: not counted.
+    config: has teacher and over; a prompt is labelled once. ValueError for a damaged file.
     """
-    name = hashlib.sha256(json.dumps(example).encode()).hexdigest()[:24]
+    what = [example, config.teacher, config.over, sorted(layers)]
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     path, n = Path(folder) / f"{name}.safetensors", len(example.prompt)
     if not path.is_file():
         ids = torch.tensor(example.prompt + example.response, device=model.device)

@@ -48,7 +48,7 @@ def check(config):
     cli.at_least(0, config, "temperature")
     cli.one_of(config, kv=("", *KINDS))
     if not 0 <= config.keep <= 1:
-        raise ValueError(f"--keep {config.keep}: a number above 0 and at most 1 is needed")
+        raise ValueError(f"--keep {config.keep}: a number of at most 1 is needed")
     for flag in ("heads", "keep", "compare", "picture"):
         if config.dense and getattr(config, flag):
             raise ValueError(f"--{flag} has no effect with --dense")

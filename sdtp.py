@@ -7,9 +7,9 @@ lowest are dropped, and every later layer runs on fewer tokens. `prefill` is the
     logits, cache = prefill(model, torch.tensor(ids), heads, schedule, span=span)
     cache.alive  # tokens alive, [layer][prompt]
 
-A token is alive until a stage drops it. The first 4 of a prompt and its last 10 % are protected:
-never dropped. A schedule is a dict {layer: share of the prompt alive from that layer on}. Not the
-paper's are spans (see select) and shares of 0, by which the protected alone go on.
+A token is alive until a stage drops it. The first 4 of a prompt and its last 10 % are protected,
+never dropped; all others are free. A schedule is a dict {layer: share of the prompt alive from that
+layer on}. Not the paper's: spans (see select), and shares of 0, where the protected alone go on.
 """
 
 import hashlib
@@ -273,7 +273,7 @@ def load_heads(folder, model, head=PruneHead):
     folder = Path(folder)
     meta, data = read_json(folder / "heads.json"), (folder / "heads.safetensors").read_bytes()
     if meta.get("format") != HEADS_FORMAT:
-        raise ValueError(f"{folder}: heads of an older version, which commit 418cf82 runs")
+        raise ValueError(f"{folder}: heads of another format (older ones: commit 418cf82)")
     if meta.get("fingerprint") != fingerprint(model):
         raise ValueError(f"{folder}: heads of another checkpoint ({meta.get('ckpt')}), train yours")
     if meta.get("head") != head.__name__:

@@ -9,7 +9,6 @@ A step takes a few prompts, one at a time. The teacher labels a prompt's tokens 
 the model runs with attention masked where the heads would drop a token: none is removed, so that
 gradients reach the heads. They learn from the labels and from what their pruning does to the
 response (paper eq. 8):
-
     L = L_lm + L_mse + L_rank
 """
 
@@ -41,7 +40,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # pydoc, made, dolly, FILE.jsonl, FILE.txt, with commas (default: built in)
+    data: str = ""  # of pydoc,made,dolly,FILE.jsonl,FILE.txt (default: the first two, or dolly)
     out_dir: str = "out"  # heads, table, figures, log, labels and checkpoint go here
     resume: bool = False  # go on with the run in out_dir, by its own flags
     # the paper's method
@@ -74,7 +73,6 @@ TAU = 1.0  # temperature of the Gumbel-softmax
 MAX_PAIRS = 1_000_000  # of a prompt's tokens in L_rank, before pairs are sampled
 WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.05, 0.01, 1.0  # share of the steps; AdamW's; largest norm
 CHECKPOINT_EVERY = 20  # steps
-WRITTEN = "heads", "log.jsonl", "checkpoint.safetensors", "predictions.png", "eval.json"
 
 
 # ---------------------------------------------------------------------------- the masked forward
@@ -88,12 +86,12 @@ class MaskedAttention(torch.autograd.Function):
         dL/dP_ij = g_i . v_j,   D_i = sum_j P_ij dL/dP_ij = g_i . output_i,
         dL/da_ij = P_ij (dL/dP_ij - D_i),   dL/dM_j = sum_i E_ij (dL/dP_ij - D_i) over i != j.
     So a dropped token, whose P is 0, still learns what it would be worth. E is held at e^30.
-    By blocks of rows, and E anew in the backward pass: no whole map is ever held.
+    By blocks of rows, and E anew in the backward pass: no head's map is held whole.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, alive, seen, sinks):
-        """q, k, v: (H, T, D), alive: (T,) M, seen: (T, T) bool, causal; sinks: (H,) or None."""
+        """q, scaled, k, v: (H, T, D), alive: (T,) M, seen: (T, T) bool; sinks: (H,) or None."""
         hidden, outs, norms = ~(seen & (or_itself(alive) > 0)), [], []
         for rows, keys in row_blocks(q):
             a = scores(q[:, rows], k[:, keys], hidden[rows, keys])
@@ -126,9 +124,7 @@ class MaskedAttention(torch.autograd.Function):
             dq.append(da @ k[:, keys])
             dk[:, keys] += da.mT @ q[:, rows]
             dv[:, keys] += P.mT @ g[:, rows]
-        scale = q.shape[-1] ** -0.5
-        dk, dv = dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
-        return torch.cat(dq, 1) * scale, dk, dv, d_alive, None, None
+        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), d_alive, None, None
 
 
 def row_blocks(q):
@@ -144,15 +140,15 @@ def or_itself(alive):
 
 
 def scores(q, k, hidden):
-    """q: (H, rows, D), k: (H, keys, D), hidden: (rows, keys) -> a, float32 or wider."""
-    a = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).mul_(q.shape[-1] ** -0.5)
+    """q: (H, rows, D), scaled, k: (H, keys, D), hidden: (rows, keys) -> a, float32 or wider."""
+    a = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     return a.add_(torch.zeros_like(a[0]).masked_fill_(hidden, -math.inf))
 
 
 def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras, alive):
     """model.attend() of one prompt and its response; alive: (T,) the mask M, 1 or 0."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (Hq, T, D)
+    q, k, v = (t.transpose(0, 1) for t in (q * q.shape[-1] ** -0.5, k, v))  # (Hq, T, D)
     seen = visible(positions, positions, extras.window)
     return MaskedAttention.apply(q, k, v, alive, seen, extras.sinks).transpose(0, 1)
 
@@ -160,7 +156,7 @@ def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras, a
 def gumbel_mask(score, alive, share, span, generator):
     """Eq. 2 at one stage: which tokens of a prompt are alive from here on, (n,), 1 or 0 in value.
 
-    score: (n,) keep logit - drop logit, None at a share of 0; alive: (n,) the mask so far.
+    score: (n,) keep logit - drop logit, unused at a share of 0; alive: (n,) the mask so far.
     The mask keeps what sdtp.select() would keep at inference, of scores with Gumbel noise: as many
     as the schedule says, as nothing in eq. 8 fixes that number. Its gradient is that of a sigmoid
     around the lowest score that is kept, the cut (straight-through).
@@ -168,7 +164,7 @@ def gumbel_mask(score, alive, share, span, generator):
     n = len(alive)
     positions, here = torch.arange(n, device=alive.device), alive.detach() > 0
     free = ~sdtp.is_protected(positions, n)
-    if not sdtp.alive_count(n, share) > sdtp.protected_count(n):  # no droppable token stays
+    if sdtp.alive_count(n, share) == sdtp.protected_count(n):  # no droppable token stays
         return alive.where(~free, 0.0)
     z = noisy(score, here & free, free, span, generator)
     rows = here.nonzero()[:, 0]
@@ -197,7 +193,7 @@ def noisy(score, candidates, free, span, generator):
     """
     spans = torch.arange(len(score), device=score.device) // span
     draws = -torch.empty(2, len(score)).exponential_(generator=generator).log()
-    weight = candidates.float() + 1e-9 * free.float()
+    weight = candidates.float() + 1e-9 * free.float()  # counts where there is no candidate
     sums = torch.zeros(2, len(score), device=score.device)
     sums = sums.index_add(1, spans, torch.stack((weight * score, weight)))
     mean = (sums[0] / sums[1].clamp(min=1e-12))[spans] if span > 1 else score
@@ -210,8 +206,8 @@ def noisy(score, candidates, free, span, generator):
 def rank_loss(score, labels, generator=None):
     """Eq. 6: the sum over pairs i < j of log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
 
-    score, labels: (n,) pi and s of one prompt. L_lm hardly counts beside a sum, and yet heads learn
-    by it (a trial: results/LOG.md). Of more than MAX_PAIRS pairs that many are drawn: unbiased.
+    score, labels: (n,) pi and s of one prompt. The sum is what a trial chose (results/LOG.md); L_lm
+    hardly counts beside it. Of more than MAX_PAIRS pairs that many are drawn: unbiased.
     """
     n = len(score)
     if n * (n - 1) // 2 <= MAX_PAIRS:
@@ -219,7 +215,6 @@ def rank_loss(score, labels, generator=None):
         return F.softplus(-(score[:, None] - score[None]) * order).triu(1).sum()
     i = torch.randint(n, (MAX_PAIRS,), generator=generator)
     j = (i + 1 + torch.randint(n - 1, (MAX_PAIRS,), generator=generator)) % n  # any other token
-    i, j = i.to(score.device), j.to(score.device)
     terms = F.softplus(-(score[i] - score[j]) * (labels[i] - labels[j]).sign())
     return terms.mean() * (n * (n - 1) // 2)
 
@@ -252,7 +247,8 @@ def losses(model, heads, schedule, example, labels, config, generator):
         with torch.no_grad():
             _, dense = saliency.dense_states(model, ids, ())
             target = model.logits(dense[n - 1 : -1]).float().log_softmax(-1)
-        lm = lm + F.kl_div(predicted.log_softmax(-1), target, None, None, "batchmean", True)
+        pruned = predicted.log_softmax(-1)
+        lm = lm + F.kl_div(pruned, target, reduction="batchmean", log_target=True)
     loss = config.lm_weight * lm + config.mse_weight * mse + config.rank_weight * rank  # eq. 8
     return loss, {"lm": lm, "mse": mse, "rank": rank}
 
@@ -268,11 +264,11 @@ def train(model, heads, schedule, examples, config, losses=losses):
     """
     parameters = {f"{layer}.{k}": p for layer, h in heads.items() for k, p in h.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=WEIGHT_DECAY)
-    out, began, groups = Path(config.out_dir), time.perf_counter(), []
+    out, began, order = Path(config.out_dir), time.perf_counter(), []
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(config.seed + epoch)
-        order = torch.randperm(len(examples), generator=generator)
-        groups += [part.tolist() for part in order.split(config.accumulate)]
+        order += torch.randperm(len(examples), generator=generator).tolist()
+    groups = [order[i : i + config.accumulate] for i in range(0, len(order), config.accumulate)]
     first = restore(out, parameters, optimizer)
     for step in range(first, len(groups)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(groups), config.lr)
@@ -283,11 +279,11 @@ def train(model, heads, schedule, examples, config, losses=losses):
             labels = saliency.stored_label(model, examples[i], heads, config, out / "labels")
             draws = torch.Generator().manual_seed(seed)
             loss, terms = losses(model, heads, schedule, examples[i], labels, config, draws)
-            (loss / len(groups[step])).backward()
+            (loss / config.accumulate).backward()  # each prompt weighs the same
             for name, term in {"loss": loss, **terms}.items():
                 record[name] = record.get(name, 0.0) + term.item() / len(groups[step])
         if not math.isfinite(record["loss"]):
-            raise ValueError(f"the loss is {record['loss']} at step {step + 1}: lower --lr")
+            raise ValueError(f"the loss is {record['loss']}: a lower --lr, in another --out_dir")
         torch.nn.utils.clip_grad_norm_(parameters.values(), GRAD_CLIP)
         optimizer.step()
         with open(out / "log.jsonl", "a") as file:
@@ -322,12 +318,14 @@ def restore(out, parameters, optimizer):
     if path.is_file():
         try:
             tensors = safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and begin anew") from None
-        for name, p in parameters.items():
-            p.data.copy_(tensors[f"heads.{name}"])
-            moments = {k: tensors[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = moments | {"step": tensors[f"step.{name}"]}
+            for name, p in parameters.items():
+                p.data.copy_(tensors[f"heads.{name}"])
+                moments = {
+                    k: tensors[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")
+                }
+                optimizer.state[p] = moments | {"step": tensors[f"step.{name}"]}
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged, or of another run ({error})") from None
         step = int(tensors["step"])
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)[:step]
     sdtp.write_atomic(out / "log.jsonl", "".join(lines).encode())
@@ -366,21 +364,21 @@ def check_flags(config):
     cli.one_of(config, teacher=saliency.TEACHERS, over=saliency.OVER)
     cli.at_least(1, config, "step", "stages", "span", "epochs", "accumulate", "eval_prompts")
     cli.at_least(0, config, "first_layer", "max_prompts", "lm_weight", "mse_weight", "rank_weight")
-    taken = [name for name in WRITTEN if (Path(config.out_dir) / name).exists()]
-    if taken and not config.resume:
-        raise ValueError(f"--out_dir {config.out_dir} has a {taken[0]}: choose another")
-    if not 0 < config.ratio <= 1:
-        raise ValueError(f"--ratio {config.ratio}: a number above 0 and at most 1 is needed")
-    stages = ("first_layer", "step", "stages", "ratio") if config.shares else ()
-    idle = dict.fromkeys(stages, "--shares")
-    if config.teacher == "attention_entropy":
-        idle["over"] = f"--teacher {config.teacher}"
-    if config.lm_weight == 0:
-        idle["distill"] = "--lm_weight 0"
-    if not any(name == "dolly" or name.endswith(".jsonl") for name in config.data.split(",")):
-        idle["max_prompt"] = f"--data {config.data}"
-    for name in idle.keys() & config.given:
-        raise ValueError(f"--{name} has no effect with {idle[name]}")
+    if not 0 < config.ratio <= 1 or not 0 < config.lr < math.inf:
+        raise ValueError(f"--ratio {config.ratio} must be in (0, 1], --lr {config.lr} above 0")
+    if not config.lm_weight + config.mse_weight + config.rank_weight:
+        raise ValueError("--lm_weight, --mse_weight and --rank_weight are all 0")
+    rows = any(name == "dolly" or name.endswith(".jsonl") for name in config.data.split(","))
+    for holds, names, reason in (
+        (config.shares, "first_layer step stages ratio", "--shares"),
+        (config.teacher == "attention_entropy", "over", "--teacher attention_entropy"),
+        (config.mse_weight + config.rank_weight == 0, "teacher over", "no label in the loss"),
+        (config.lm_weight == 0, "distill", "--lm_weight 0"),
+        (not rows, "max_prompt", f"--data {config.data}"),
+    ):
+        for name in names.split():
+            if holds and name in config.given:
+                raise ValueError(f"--{name} has no effect with {reason}")
 
 
 def make_schedule(config, num_hidden_layers):
@@ -403,9 +401,8 @@ def load_prompts(config, model, tokenizer):
     training, held_out = data.load(config.data, tokenizer, max_prompt=config.max_prompt)
     training, held_out = training[: config.max_prompts or None], held_out[: config.eval_prompts]
     if not training or not held_out:
-        found = f"{len(training)} training and {len(held_out)} held-out prompts"
-        raise ValueError(f"--data {config.data}: {found}")
-    model.positions([max(len(e.prompt) + len(e.response) for e in training + held_out)])
+        raise ValueError(f"--data {config.data}: no prompts to train on, or none held out")
+    model.positions([max(len(e.prompt) + len(e.response) for e in training + held_out)])  # refuses
     return training, held_out
 
 
@@ -427,13 +424,14 @@ def main():
     n = int(statistics.median(len(e.prompt) for e in examples))
     mean_alive = statistics.mean(alive_per_layer(schedule, n, layers)) / n
     cost = schedule_flops(model.config, schedule, n) / schedule_flops(model.config, {}, n)
-    print("alive from layer", ", ".join(f"{k}: {share:.3g}" for k, share in schedule.items()))
+    print(f"{len(examples)} prompts, {len(held_out)} held-out ones; alive from layer", end=" ")
+    print(", ".join(f"{layer}: {share:.3g}" for layer, share in schedule.items()))
     note = f"{cost:.1%} of dense's FLOPs" + ": NOTHING IS SAVED" * (cost >= 1)
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {note}", flush=True)
     sdtp.write_atomic(out / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     train(model, heads, schedule, examples, config)
     info = {k: v for k, v in asdict(config).items() if k not in ("span", "out_dir", "resume")}
-    info["prompts"] = len(examples)
+    info |= {"prompts": len(examples)}
     sdtp.save_heads(out / "heads", heads, model, schedule, config.span, **info)
     draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
     print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
