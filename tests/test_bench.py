@@ -238,7 +238,7 @@ def test_script(run, tiny_model):
     assert all(rows[3][name] == 1 for name in speedups) and rows[3]["memory_diff"] == 0
 
 
-def test_methods(run, tiny_model):
+def test_methods(run, tiny_model, tmp_path):
     """Two folders of heads, each scorer at the stages of each; KV compression; transformers."""
     pytest.importorskip("transformers")
     names = "random,sdtp+h2o,dense+h2o,transformers"
@@ -256,8 +256,10 @@ def test_methods(run, tiny_model):
     assert more == 8 * 2 * 32 * (60 * 61 // 2)  # products of queries and keys once more
     assert rows["transformers"]["kv_bytes"] == rows["dense"]["kv_bytes"]
     assert rows["transformers"]["prefill_flops"] == rows["dense"]["prefill_flops"]
-    rows = run(f"--shape 10m --layers 2 --lengths 20 --methods transformers {QUICK}")
+    tiny.checkpoint(tmp_path / "window", model_type="mistral", sliding_window=16)
+    rows = run(f"--ckpt window --lengths 50 --methods transformers {QUICK}")
     assert [r["method"] for r in rows] == ["dense", "transformers"]  # which needs no stage
+    assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]  # it holds the window alone
 
 
 def test_shape_and_batches(run):
