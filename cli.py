@@ -69,7 +69,7 @@ def parse(config_class, doc, argv=None):
     config = config_class(**given)
     config.given = given.keys()
     note_origin()
-    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
+    show(config)
     return config
 
 
@@ -78,26 +78,32 @@ def comments(config_class):
     return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
 
 
-RUN_FILES = "config.json", "heads", "labels", "log.jsonl", "checkpoint.safetensors", "eval.json"
+def show(config):
+    """Print what every flag is."""
+    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
+
+
+RUN_FILES = "config.json", "heads", "labels", "log.jsonl", "checkpoint.safetensors"
 
 
 def resume_flags(config):
     """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there."""
     out = Path(config.out_dir)
+    if (out / "eval.json").is_file():
+        raise ValueError(f"{out} holds a finished run: give another --out_dir")
     if not config.resume:
         for name in RUN_FILES:
             if (out / name).exists():
                 raise ValueError(f"{out} holds a run ({name}): --resume, or another --out_dir")
         return
     saved = read_json(out / "config.json")
-    if (out / "eval.json").is_file():
-        raise ValueError(f"--resume: the run in {out} is finished")
     for name in sorted(asdict(config).keys() - {"out_dir", "resume"}):
         if name not in saved:
             raise ValueError(f"{out}/config.json: begun by another version, without --{name}")
         if name in config.given and getattr(config, name) != saved[name]:
             raise ValueError(f"--resume: the run in {out} has --{name} {saved[name]!r}")
         setattr(config, name, saved[name])
+    show(config)
 
 
 def one_of(config, **choices):

@@ -382,7 +382,7 @@ def prompts(config, tokenizer):
         sizes = config.prompt_len, config.score_len, MIN_PROMPT, MAX_PROMPT
         sets = {0: data.load(config.data, tokenizer, *sizes)[1][: config.limit]}
     if not all(sets.values()):
-        raise ValueError(f"{config.text or config.data}: no prompt of the length that is asked for")
+        raise ValueError(f"{config.text or config.data}: no prompt so long: lower --prompt_len")
     return sets
 
 

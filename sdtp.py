@@ -275,7 +275,8 @@ def load_heads(folder, model, head=PruneHead):
     if meta.get("format") != HEADS_FORMAT:
         raise ValueError(f"{folder}: heads of another format (older ones: commit 418cf82)")
     if meta.get("fingerprint") != fingerprint(model):
-        raise ValueError(f"{folder}: heads of another checkpoint ({meta.get('ckpt')}), train yours")
+        ckpt = meta.get("ckpt")
+        raise ValueError(f"{folder}: heads of another checkpoint: --ckpt {ckpt}, or train your own")
     if meta.get("head") != head.__name__:
         raise ValueError(f"{folder}: heads of class {meta.get('head')}, not {head.__name__}")
     if meta.get("sha256") != hashlib.sha256(data).hexdigest():

@@ -156,6 +156,7 @@ def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras, a
 def gumbel_mask(score, alive, share, span, generator):
     """Eq. 2 at one stage: which tokens of a prompt are alive from here on, (n,), 1 or 0 in value.
 
+    A top-k of noisy scores, with the gradient of a sigmoid.
     score: (n,) keep logit - drop logit, unused at a share of 0; alive: (n,) the mask so far.
     The mask keeps what sdtp.select() would keep at inference, of scores with Gumbel noise: as many
     as the schedule says, as nothing in eq. 8 fixes that number. Its gradient is that of a sigmoid
@@ -178,8 +179,8 @@ def gumbel_mask(score, alive, share, span, generator):
     slope = torch.sigmoid((z.detach() - cut) / TAU)
     slope = (slope * (1 - slope)).where(here & free, 0.0)
     cut = cut + (slope * (z - z.detach())).sum() / slope.sum()
-    # A token that was dropped before stays so by the product: the 1 that it may get here hands its
-    # gradient to the stage that dropped it.
+    # The product keeps a token that was dropped before at 0. Where this stage would keep it, a 1
+    # here lets its gradient through to the mask of the stage that dropped it.
     hard = kept.where(here, z.detach() >= cut.detach()).to(alive.dtype)
     soft = torch.sigmoid((z - cut) / TAU)
     keep = hard + (soft - soft.detach())
@@ -275,7 +276,7 @@ def train(model, heads, schedule, examples, config, losses=losses):
         optimizer.zero_grad()
         record = {"step": step + 1, "loss": 0.0}
         for place, i in enumerate(groups[step]):
-            seed = (config.seed * 1_000_003 + step) * 10_007 + place
+            seed = ((config.seed * 1_000_003 + step) * 10_007 + place) % 2**63
             labels = saliency.stored_label(model, examples[i], heads, config, out / "labels")
             draws = torch.Generator().manual_seed(seed)
             loss, terms = losses(model, heads, schedule, examples[i], labels, config, draws)

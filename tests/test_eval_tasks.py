@@ -471,7 +471,7 @@ def test_script_needles(place, monkeypatch, capsys):
         ("--text t.txt --needles 10,x", "--needles 10,x: whole numbers above 0"),
         ("--text t.txt --needles 690 --limit 1", "beyond the model's 700 positions"),
         ("--text t.txt --methods sdtp@16", "unknown method 'sdtp@16' .known: dense"),
-        ("--text t.txt --prompt_len 5000", "t.txt: no prompt of the length"),
+        ("--text t.txt --prompt_len 5000", "t.txt: no prompt so long"),
         ("--text t.txt --needles 100 --figure f.png", "--figure f.png has no effect here"),
         ("--data d.jsonl --prompt_len 9", "--prompt_len 9 has no effect here"),
         ("--text t.txt --methods dense --keep 0.9", "--keep 0.9 has no effect here"),

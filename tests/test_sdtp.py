@@ -393,7 +393,7 @@ def test_fingerprint(saved):
         p.view(-1)[0] -= 1
     tied = Transformer.from_pretrained(tiny.write(folder / "tied", tie_word_embeddings=True))
     assert sdtp.fingerprint(tied) != wanted
-    with pytest.raises(ValueError, match="another checkpoint .tiny."):
+    with pytest.raises(ValueError, match="another checkpoint: --ckpt tiny"):
         load_heads(folder / "heads", tiny.randomise(model, seed=1))
 
 

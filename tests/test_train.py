@@ -438,7 +438,7 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
     cli.run(train.main)  # all other flags are the run's own
     assert same_run(out, world / "unbroken") and len(steps) == 14 - 3
     assert sum(isinstance(args[3], dict) for args, _ in labels) == 14 - 10 + 2  # the rest was kept
-    with pytest.raises(SystemExit, match="is finished"):
+    with pytest.raises(SystemExit, match="holds a finished run"):
         run(world, "killed", monkeypatch, "--resume")
 
 
