@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sdtp
@@ -85,6 +85,7 @@ def close(a, b):
     return a.shape == b.shape and (a - b).abs().max() < 1e-10
 
 
+@example(5, 512, 0)
 @given(st.integers(1, 10**6), st.integers(0, 1024), st.integers(0, 50))
 def test_keep_count(n, k, protected):
     """n * share rounded half up (shares exact in binary), at least protected and 1, at most n."""
@@ -416,18 +417,18 @@ def swap_weights(folder):
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (lambda f: (f / "heads.json").unlink(), "heads.json does not exist"),
-        (lambda f: (f / "heads.safetensors").unlink(), "heads.safetensors"),
+        (lambda f: (f / "heads.json").unlink(), "/heads.json does not exist"),
+        (lambda f: (f / "heads.safetensors").unlink(), "/heads.safetensors"),
         (swap_weights, "heads.safetensors is damaged"),
         (lambda f: (f / "heads.safetensors").write_bytes(b"0"), "heads.safetensors is damaged"),
         (lambda f: (f / "heads.json").write_text("{"), "heads.json"),
         (
             lambda f: (f / "heads.json").write_text("{}"),
-            "another format .*418cf82",
+            "another format (older ones: commit 418cf82)",
         ),
-        (edit(format=None), "another format .*418cf82"),
+        (edit(format=None), "another format (older ones: commit 418cf82)"),
         (edit(schedule=None), "heads.json"),
-        (edit(schedule={"7": 0.5}), "0.fc1.weight|layer 7"),
+        (edit(schedule={"7": 0.5}), "layer 7"),
         (edit(schedule={"0": 0.7, "1": 0.8}), "0.8 at layer 1"),
         (edit(schedule={"0": 0.7, "1": 0.5, "2": 0.4}), "2.fc1.weight"),
         (edit(schedule={"1": 0.5}), "0.fc1.weight"),
@@ -439,9 +440,10 @@ def test_damaged_heads(spoil, named, saved):
     """A missing, damaged or inconsistent file is one line that names the folder."""
     model, _, _, folder = saved
     spoil(folder / "heads")
-    with pytest.raises((ValueError, FileNotFoundError), match=named) as caught:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
         load_heads(folder / "heads", model)
-    assert "\n" not in str(caught.value) and str(folder / "heads") in str(caught.value)
+    found = str(caught.value).split(str(folder / "heads"))
+    assert len(found) == 2 and named in found[1] and "\n" not in found[1]
 
 
 def test_write_atomic(tmp_path, monkeypatch):
