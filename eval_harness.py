@@ -248,10 +248,7 @@ def check_flags(config, methods):
     names = {eval_tasks.parse(method)[0] for method in methods}
     if "teacher" in names:
         raise ValueError("method teacher ranks by the loss of one response: questions have several")
-    if not 0 <= config.keep <= 1 or config.keep and names == {"dense"}:
-        raise ValueError(f"--keep {config.keep}: a share from 0 to 1, for methods that drop tokens")
-    if config.seed and "random" not in names:
-        raise ValueError(f"--seed {config.seed} is for method random alone")
+    eval_tasks.check_one_budget(config, names)
 
 
 def main():

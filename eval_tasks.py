@@ -134,6 +134,14 @@ def parse(method):
     return name, kind
 
 
+def check_one_budget(config, names):
+    """ValueError for a --keep or --seed out of range, or without effect on methods so named."""
+    if not 0 <= config.keep <= 1 or config.keep and names == {"dense"}:
+        raise ValueError(f"--keep {config.keep}: a share from 0 to 1, for methods that drop tokens")
+    if config.seed and "random" not in names:
+        raise ValueError(f"--seed {config.seed} is for method random alone")
+
+
 class Plan(NamedTuple):
     """How a method runs at one budget."""
 
