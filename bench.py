@@ -156,7 +156,7 @@ def transformers_model(config, model, folder=None):
         raise ValueError(
             "--methods transformers: not installed; pip install -r requirements-dev.txt"
         ) from None
-    how = {"dtype": model.norm.weight.dtype, "attn_implementation": "sdpa"}
+    how = {"dtype": model.dtype, "attn_implementation": "sdpa"}
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, **how).to(model.device)
     positions = model.config.max_position_embeddings

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import bootstrap
 
 from download import checkpoint_folder, find
-from model import Extras, Transformer, attention_backend, read_json
+from model import Transformer, read_json
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
 
 HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class
@@ -137,7 +137,7 @@ def load_model(config):
     dtype = device_and_dtype(config)
     folder = checkpoint_folder(config.ckpt)
     model = Transformer.from_pretrained(folder, dtype, config.device)
-    config.dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    config.dtype = str(model.dtype).removeprefix("torch.")
     describe(model, Path(config.ckpt).name, folder)
     return model, folder
 
@@ -157,12 +157,10 @@ def device_and_dtype(config):
 
 def describe(model, ckpt, place):
     """Print what runs, and note it in ORIGIN."""
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
-    extras = Extras(model.config.sliding_window)
-    name, reason = attention_backend(model.device, model.norm.weight.dtype, extras)
-    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=dtype, attention_backend=name)
+    dtype = str(model.dtype).removeprefix("torch.")
+    ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=dtype)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    print(f"{place}: {size} | {dtype} | attention: {name} ({reason})", flush=True)
+    print(f"{place}: {size} | {dtype} | {model.device}", flush=True)
 
 
 def clock(model):

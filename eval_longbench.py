@@ -299,7 +299,7 @@ def predict(config, model, tokenizer, dataset, rows, examples, plans):
     rows, examples: read_rows() and read_prompts(); plans: {method: eval_tasks.Plan}. A record has
     LongBench's fields, those of answer() and eval_tasks.measured(), and its score, 0 to 100.
     """
-    base = [dataset, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
+    base = [dataset, fingerprint(model), str(model.dtype), model.device.type]
     keys, results, records = {}, {}, {method: [] for method in plans}
     for method, plan in plans.items():
         own = config.seed if plan.name == "random" else plan.heads and eval_tasks.digest(plan.heads)

@@ -221,7 +221,7 @@ def evaluate(run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=
         raise ValueError("no prompt to evaluate on")
     n = int(statistics.median(len(e.prompt) for e in examples))
     planned = plans(model.config, methods, stages, keeps, n)
-    base = [task, fingerprint(model), str(model.norm.weight.dtype), model.device.type]
+    base = [task, fingerprint(model), str(model.dtype), model.device.type]
     own = {which: plan.heads and digest(plan.heads) for which, plan in planned.items()}
     own |= {which: seed for which, plan in planned.items() if plan.name == "random"}
     taught = {layer for p in planned.values() if p.name == "teacher" for layer in p.schedule}

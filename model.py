@@ -1,4 +1,4 @@
-"""A Llama-family decoder, whole in one file: Llama 1/2/3.x, Mistral, Qwen2, Gemma 1.
+"""A Llama-family decoder, whole in one file: Llama 1/2/3.x, Mistral, Qwen2, Qwen3, Gemma 1.
 
 Tokens are rows: a prompt is x: (T, hidden_size) with positions: (T,), several prompts are the same
 two tensors, longer, with seqlens = [T_0, T_1, ...]. No padding in prefill, no mask but for sliding
@@ -10,7 +10,9 @@ windows. T: rows, K: keys, B: sequences, Hq, Hkv: query and key-value heads, D: 
 
 import json
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,25 +21,32 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-
-
 # ---------------------------------------------------------------------------- config
+QWEN = dict(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=32768)
 FAMILIES = {  # what Hugging Face's config classes assume where config.json is silent
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    "llama": dict(max_position_embeddings=2048),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
+    "qwen2": QWEN,
+    "qwen3": dict(QWEN, head_dim=128),
+    "gemma": dict(num_key_value_heads=16, head_dim=256, max_position_embeddings=8192),
 }
-ROPE_SCALINGS = {  # rope type -> the fields it needs
+READ_BY = {  # the families in which transformers 5.24 reads a field
+    "attention_bias": ("llama", "qwen3", "gemma", "gpt_oss"),
+    "mlp_bias": ("llama",),
+    "layer_types": ("qwen2", "qwen3", "gpt_oss"),
+    "sliding_window": ("mistral", "qwen2", "qwen3", "gpt_oss"),
+}
+OTHER_FAMILIES = {"bloom": "model_bloom", "gpt_oss": "model_gpt_oss"}  # a file each
+OLD = "original_max_position_embeddings"
+ROPE_SCALINGS = {  # rope type -> the numbers it needs
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "dynamic": ("factor", OLD),
+    "llama3": ("factor", OLD, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", OLD),
 }
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+GELU_TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu_pytorch_tanh": GELU_TANH}
 
 
 @dataclass
@@ -62,38 +71,46 @@ class Config:
     mlp_bias: bool = False
     sliding_window: int = None
     layer_types: list = None  # per layer, "full_attention" or "sliding_attention"
+    families, key_columns = FAMILIES, 0  # that a family adds to queries and keys
 
     @classmethod
     def from_dict(cls, raw):
         """Config from the dict of a config.json; ValueError names what this code cannot run."""
         family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not supported ({', '.join(FAMILIES)} are)")
-        # null says as little as no entry, but for sliding_window, where it says that there is none
-        given = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
-        raw = {**FAMILIES[family], **given}
+        if family not in cls.families:
+            known = ", ".join((*FAMILIES, *OTHER_FAMILIES))
+            raise ValueError(f"model_type {family!r} is not supported ({known} are)")
+        # null says as little as no entry, but for these, where it says that there are none
+        told = "sliding_window", "num_key_value_heads"
+        given = {k: v for k, v in raw.items() if v is not None or k in told}
+        given = {k: v for k, v in given.items() if family in READ_BY.get(k, family)}
+        raw = {**cls.families[family], **given}
         for name in ("quantization_config", "use_bidirectional_attention"):
             if raw.get(name):
                 raise ValueError(f"{name} is not supported")
-        sizes = [f.name for f in fields(cls) if f.type is int and f.default is MISSING]
-        wrong = [name for name in sizes if not isinstance(raw.get(name), int) or raw[name] < 1]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: a positive whole number is needed")
-        # the hub has rope_theta and rope_scaling; transformers 5 has both in rope_parameters
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        # a field in either replaces the one outside; transformers 5 writes rope_parameters alone
+        scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         rope = {"rope_theta": raw.get("rope_theta", cls.rope_theta), **scaling}
         raw["rope_theta"], raw["rope_scaling"] = rope.pop("rope_theta"), rope
-        if family == "gemma":  # its first configs spell it so; "gelu": transformers issue 29402
-            act = raw.get("hidden_activation", raw.get("hidden_act", "gelu"))
+        for f in fields(cls):
+            value, is_count = raw.get(f.name, f.default), f.type is int
+            kinds = (int, float) if f.type is float else f.type
+            right = isinstance(value, kinds) and (f.type is bool) == isinstance(value, bool)
+            if value is not None and not (right and (not is_count or value > 0)):
+                wanted = "positive whole number" if is_count else f.type.__name__
+                raise ValueError(f"{f.name}: a {wanted} is needed")
+        if family == "gemma":
+            raw.setdefault("tie_word_embeddings", True)
+            act = raw.get("hidden_act", "gelu")  # meant so: transformers issue 29402
             raw["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu" else act
-        if family == "qwen2":
+        if family.startswith("qwen"):
             full, layers = raw.get("max_window_layers", 28), range(raw["num_hidden_layers"])
             types = ["full_attention" if i < full else "sliding_attention" for i in layers]
             raw.setdefault("layer_types", types)
-        elif "layer_types" in raw:
-            raise ValueError(f"layer_types is not supported for model_type {family!r}")
-        windowed = family == "mistral" or family == "qwen2" and raw.get("use_sliding_window")
-        raw["sliding_window"] = raw["sliding_window"] if windowed else None
+            raw["sliding_window"] = raw["sliding_window"] if raw.get("use_sliding_window") else None
+        if rope.get("rope_type", rope.get("type")) == "dynamic":  # beyond this it stretches
+            rope[OLD] = raw["max_position_embeddings"]
+            raw["max_position_embeddings"] *= int(rope.get("factor", 1))
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def __post_init__(self):
@@ -107,55 +124,75 @@ class Config:
         kinds = set(self.layer_types) - {"full_attention", "sliding_attention"}
         if kinds or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError("layer_types: full_attention or sliding_attention is needed per layer")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window {self.sliding_window} is not supported")
         RoPE(self)  # an unknown scaling is refused before the weights are read
 
     def window(self, layer):
         """Sliding window of a layer in positions, or None."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
+    def mlp_weights(self):
+        """Weights of a layer's MLP that each token meets."""
+        return 3 * self.hidden_size * self.intermediate_size
+
 
 # ---------------------------------------------------------------------------- rotary positions
 class RoPE:
     """Rotary position embedding (Su et al. 2021), angles on demand; one for all layers.
 
-    Scalings: linear (Chen et al. 2023) and llama3 (wavelengths longer than the old context are
-    stretched by factor, short ones kept, a ramp between). ValueError for another, or odd fields.
+    Scalings: linear (Chen et al. 2023); dynamic (theta grows with a prompt beyond the old context);
+    llama3 (wavelengths longer than the old context are stretched by factor, short ones kept, a ramp
+    between); yarn (Peng et al. 2023: a ramp, too, and sharper attention). ValueError for others.
     """
 
     def __init__(self, config):
-        scaling = config.rope_scaling or {}
+        D, scaling = config.head_dim, {OLD: config.max_position_embeddings}
+        scaling |= config.rope_scaling or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ROPE_SCALINGS:
-            raise ValueError(f"rope_scaling type {kind!r} is not supported")
+        if kind not in ROPE_SCALINGS or any(isinstance(v, dict) for v in scaling.values()):
+            raise ValueError(f"rope_scaling type {kind!r}, or one per layer type, is not supported")
         for name in ROPE_SCALINGS[kind]:
-            if name not in scaling:
-                raise ValueError(f"rope_scaling type {kind!r}: {name} is missing")
-        known = *ROPE_SCALINGS[kind], "rope_type", "type", "original_max_position_embeddings"
-        for name in scaling:
-            if name not in known:
-                raise ValueError(f"rope_scaling type {kind!r}: {name} is not supported")
+            if not isinstance(scaling.get(name), (int, float)):
+                raise ValueError(f"rope_scaling type {kind!r}: {name}: a number is needed")
         # float32 on the CPU, and no buffer: models are built on the meta device, and then cast
-        even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-        self.frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D / 2,)
+        self.even = torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D
+        self.theta, self.scale, self.dynamic = config.rope_theta, 1.0, None
+        self.frequencies = 1.0 / self.theta**self.even  # (D / 2,)
         self.last = None, None, None, None  # positions, dtype, and their cos and sin
+        factor, old = scaling.get("factor"), scaling[OLD]
         if kind == "linear":
-            self.frequencies /= scaling["factor"]
+            self.frequencies /= factor
+        if kind == "dynamic":
+            self.dynamic = factor, old
         if kind == "llama3":
-            old = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             turns = old * self.frequencies / (2 * math.pi)  # in the old context
             ramp = ((turns - low) / (high - low)).clamp(0, 1)
-            self.frequencies *= ramp + (1 - ramp) / scaling["factor"]
+            self.frequencies *= ramp + (1 - ramp) / factor
+        if kind == "yarn":
+            turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+            low, high = (math.log(old / (2 * math.pi * t), self.theta) * D / 2 for t in turns)
+            if scaling.get("truncate", True):
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, D - 1)
+            ramp = (self.even * D / 2 - low) / ((high - low) or 0.001)
+            self.frequencies *= 1 + ramp.clamp(0, 1) * (1 / factor - 1)
+            m, over = scaling.get("mscale"), scaling.get("mscale_all_dim")
+            m, over = (m, over) if m and over else (1, 0)
+            log = 0.1 * math.log(max(factor, 1))
+            self.scale = scaling.get("attention_factor") or (m * log + 1) / (over * log + 1)
 
     def __call__(self, x, positions):
         """x: (T, H, D) turned by positions: (T,)."""
         last_positions, dtype, cos, sin = self.last  # those of the layer before, as a rule
         if positions is not last_positions or x.dtype != dtype:
+            if self.dynamic:
+                factor, old = self.dynamic
+                longer = max(1.0, (int(positions.max()) + 1) / old)
+                power = len(self.even) / (len(self.even) - 1)
+                self.frequencies = (self.theta * (factor * (longer - 1) + 1) ** power) ** -self.even
             self.frequencies = self.frequencies.to(x.device)
             angles = torch.outer(positions.float(), self.frequencies).unsqueeze(1)  # (T, 1, D / 2)
-            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            cos, sin = ((f(angles) * self.scale).to(x.dtype) for f in (torch.cos, torch.sin))
             self.last = positions, x.dtype, cos, sin
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -189,32 +226,17 @@ def attention_weights(q, k, positions, k_positions, extras=Extras()):
     return torch.cat((sinks, scores), -1).softmax(-1)[..., 1:]
 
 
-def attention_backend(device, dtype, extras=Extras()):
-    """Which kernel attend() runs on, and why: (name, reason)."""
-    if extras.window is not None or extras.sinks is not None:
-        return "sdpa", "FlashAttention has no window by position, and no sinks"
-    cuda = torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    if not cuda or torch.cuda.get_device_capability(device) < (8, 0):
-        return "sdpa", "FlashAttention needs 16-bit and an Ampere GPU or newer"
-    if flash_attn_varlen_func is None:
-        return "sdpa", "flash-attn is not installed"
-    return "flash_attn", "installed"
-
-
 def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras=Extras()):
     """Causal attention of packed sequences, each by itself: (T, Hq, D).
 
     q: (T, Hq, D); k, v: (K, Hkv, D); positions: (T,), k_positions: (K,), original and ascending in
     a sequence; seqlens, k_seqlens: rows of each. The queries are the last tokens of a sequence.
     """
-    backend, _ = attention_backend(q.device, q.dtype, extras)
-    if backend == "flash_attn":
-        starts = [F.pad(torch.tensor(n).cumsum(0), (1, 0)).int() for n in (seqlens, k_seqlens)]
-        starts, longest = [t.to(q.device) for t in starts], (max(seqlens), max(k_seqlens))
-        return flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True)
+    width = v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - width))  # BLOOM's are narrower: the kernels are slower for that
     sequences = by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens)
     out = [sdpa(*rows, extras) for rows in sequences]
-    return out[0] if len(out) == 1 else torch.cat(out)
+    return (out[0] if len(out) == 1 else torch.cat(out))[..., :width]
 
 
 def by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens):
@@ -290,7 +312,7 @@ class LayerCache:
         self.seqlens = [n + new for n, new in zip(old, seqlens)]
         room = max(self.seqlens)
         if self.k is None:  # zeros: padding is read, with weight 0, and must not be NaN
-            self.k = self.v = k.new_zeros(len(old), k.shape[1], 0, k.shape[2])
+            self.k, self.v = (t.new_zeros(len(old), t.shape[1], 0, t.shape[2]) for t in (k, v))
             self.positions = positions.new_zeros(len(old), 0)
             room += self.extra
         more = room - self.k.shape[2]
@@ -343,17 +365,18 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps, self.gemma = config.rms_norm_eps, config.model_type == "gemma"
+        self.weight = nn.Parameter(torch.ones(width or config.hidden_size))
+        self.eps, self.family = config.rms_norm_eps, config.model_type
 
     def forward(self, x):
         x32 = x.float() if x.dtype != torch.float64 else x
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.gemma:  # stores weight - 1, and rounds after the product where Llama does before
-            return (x32 * (1 + self.weight.to(x32.dtype))).to(x.dtype)
-        return self.weight * x32.to(x.dtype)
+        if self.family not in ("gemma", "gpt_oss"):
+            return self.weight * x32.to(x.dtype)
+        # these round after the product, and Gemma stores weight - 1
+        return (x32 * (self.weight.to(x32.dtype) + (self.family == "gemma"))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -363,20 +386,27 @@ class Attention(nn.Module):
         super().__init__()
         d, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         qkv_bias = bias or config.model_type == "qwen2"
-        self.head_dim, self.rope, self.extras = D, rope, Extras(config.window(layer))
+        self.head_dim, self.rope, self.window, self.sinks = D, rope, config.window(layer), None
         self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=qkv_bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=qkv_bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=bias)
+        qwen3 = config.model_type == "qwen3"
+        self.q_norm, self.k_norm = (RMSNorm(config, D) if qwen3 else nn.Identity() for _ in "qk")
+
+    @property
+    def extras(self):
+        return Extras(self.window, self.sinks)
 
     def q(self, x, positions):
         """x: (T, hidden_size), normed -> (T, Hq, D), rotated."""
-        return self.rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), positions)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        return self.rope(self.q_norm(q), positions)
 
     def kv(self, x, positions):
         """x: (T, hidden_size), normed -> two (T, Hkv, D): keys, rotated, and values."""
         k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.k_proj, self.v_proj))
-        return self.rope(k, positions), v
+        return self.rope(self.k_norm(k), positions), v
 
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
         q, (k, v) = self.q(x, positions), self.kv(x, positions)
@@ -434,11 +464,13 @@ def in_chunks(function, x):
 class Transformer(nn.Module):
     """The decoder, frozen: no parameter takes gradients."""
 
+    Config, Block, prefix = Config, Block, "model."  # of names in checkpoints
+
     def __init__(self, config):
         super().__init__()
         self.config, rope, layers = config, RoPE(config), range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, rope) for layer in layers)
+        self.layers = nn.ModuleList(self.Block(config, layer, rope) for layer in layers)
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -447,6 +479,10 @@ class Transformer(nn.Module):
     @property
     def device(self):
         return self.norm.weight.device
+
+    @property
+    def dtype(self):
+        return self.norm.weight.dtype
 
     def positions(self, seqlens):
         """(T,) 0, 1, ... within each sequence. ValueError for one that is empty, or too long."""
@@ -484,40 +520,56 @@ class Transformer(nn.Module):
             x = block(x, positions, seqlens, None if cache is None else cache[layer], attend)
         return self.logits(x)
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype="auto", device="cpu"):
+    @staticmethod
+    def from_pretrained(folder, dtype="auto", device="cpu", rank=None):
         """The model of a Hugging Face folder: config.json, model.safetensors (or its shards).
 
-        dtype: a torch.dtype or "auto" (see auto_dtype). ValueError or FileNotFoundError names the
-        file, field or tensor that is missing, unexpected, misshaped, unreadable or not supported.
+        dtype: a torch.dtype or "auto" (see auto_dtype); rank: a parallel.Rank reads its part alone.
+        ValueError or FileNotFoundError names the file, field or tensor that is missing, unexpected,
+        misshaped, unreadable or not supported.
         """
         folder, dtype = Path(folder), auto_dtype(device) if dtype == "auto" else dtype
         raw = read_json(folder / "config.json")
         try:
-            config = Config.from_dict(raw)
+            cls = family(raw)
+            config = cls.Config.from_dict(raw)
         except (ValueError, TypeError) as error:  # TypeError: text where a number stands, and so on
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        config = rank.config(config) if rank else config
         with torch.device("meta"):
             model = cls(config)
         expected, state = model.state_dict(), {}
-        for path, name, tensor in read_tensors(folder):
-            key = name.removeprefix("model.")
-            if key.endswith("inv_freq") or key == "lm_head.weight" and config.tie_word_embeddings:
-                continue  # config.json says it, some exporters write it all the same
-            if key not in expected:
+        for path, name, file in read_tensors(folder):
+            key = name.removeprefix(cls.prefix)
+            if key.endswith("inv_freq"):
+                continue  # some exporters write it
+            if key not in expected and key != "lm_head.weight":
                 raise ValueError(f"{path}: unexpected tensor {name}")
-            shape, asked = list(tensor.shape), list(expected[key].shape)
+            tensor = rank.read(file, name, key) if rank else file.get_tensor(name)
+            shape, asked = list(tensor.shape), list(expected.get(key, tensor).shape)
             if shape != asked:
                 raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {asked}")
-            state[key] = tensor.to(device, dtype)
+            # one tensor at a time; of the right dtype, it stays where the file is mapped
+            state[key] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         for key in expected:
             if key not in state:
                 raise ValueError(f"{folder}: missing tensor {key}")
+        if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
+            embedding = next(iter(state[key] for key in expected))
+            if not torch.equal(head, embedding):  # the file counts, as in transformers
+                state["lm_head.weight"], config.tie_word_embeddings = head, False
+                model.lm_head = nn.Linear(*reversed(head.shape), bias=False, device="meta")
         model.load_state_dict(state, assign=True)
         return model
 
 
 # ---------------------------------------------------------------------------- reading a folder
+def family(raw):
+    """The class that runs a config.json's dict: Transformer, or that of another file."""
+    module = OTHER_FAMILIES.get(raw.get("model_type"))
+    return import_module(module).Model if module else Transformer
+
+
 def auto_dtype(device):
     """bfloat16 on CUDA and on CPUs that have bfloat16 products, else float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -535,7 +587,7 @@ def read_json(path):
 
 
 def read_tensors(folder):
-    """Yields (file, name, tensor) of model.safetensors, or of the shards that its index names."""
+    """Yields (path, name, open file) of each tensor in model.safetensors or its index's shards."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -548,6 +600,6 @@ def read_tensors(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    yield path, name, file.get_tensor(name)
+                    yield path, name, file
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); download it again") from None

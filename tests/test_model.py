@@ -15,6 +15,9 @@ from model import Config, Extras, KVCache, LayerCache, Transformer, attend, atte
 os.environ["HF_HUB_OFFLINE"] = "1"
 LINEAR = dict(rope_type="linear", factor=4.0)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
+MSCALE = dict(mscale=0.7, mscale_all_dim=0.4, truncate=False, beta_fast=16.0)
+DYNAMIC = dict(rope_type="dynamic", factor=4.0)
 OLD32 = dict(**LLAMA3, original_max_position_embeddings=32)
 T = 40  # prompt; the windows below are 7, so T > 2 * window
 
@@ -27,6 +30,9 @@ CASES = {  # name, which begins with the family -> fields of its config
     "llama, linear rope": dict(rope_parameters=LINEAR),
     "llama, llama3 rope": dict(rope_parameters={**OLD32, "rope_theta": 500.0}, head_dim=16),
     "llama, llama3 rope, max_position_embeddings": dict(rope_parameters=LLAMA3),
+    "llama, yarn": dict(rope_parameters=YARN),
+    "qwen2, yarn by mscale, not truncated": dict(rope_parameters=dict(YARN, **MSCALE)),
+    "llama, dynamic": dict(rope_parameters=DYNAMIC, max_position_embeddings=16),
     "llama, sliding_window means nothing": dict(sliding_window=7),
     "mistral": dict(sliding_window=7),
     "mistral, no window": dict(sliding_window=None, head_dim=12),
@@ -34,6 +40,14 @@ CASES = {  # name, which begins with the family -> fields of its config
     "qwen2, window unused": dict(sliding_window=7, max_window_layers=0),
     "qwen2, window": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen2, null": dict(use_sliding_window=True, sliding_window=None, max_window_layers=1),
+    "qwen3": dict(head_dim=16),
+    "qwen3, biases, window": dict(
+        head_dim=12,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
     "gemma, untied": dict(head_dim=16, tie_word_embeddings=False),
     "gemma, biases, legacy gelu": dict(head_dim=8, attention_bias=True, hidden_act="gelu"),
 }
@@ -165,7 +179,7 @@ def build(kind):
     fields = dict(model_type="mistral", sliding_window=7) if "window" in kind else {}
     m = tiny.build(**fields)
     for block in m.layers if "sinks" in kind else ():
-        block.self_attn.extras = Extras(block.self_attn.extras.window, random_sinks())
+        block.self_attn.sinks = random_sinks()
     return m
 
 
@@ -301,13 +315,6 @@ def test_sinks_in_bfloat16_and_their_gradient(window):
     assert (rounded - exact).abs().max() < 3e-2 and rounded.dtype == torch.bfloat16
 
 
-def test_backend():
-    """attention_backend says sdpa where FlashAttention cannot run, whatever is installed."""
-    cases = [("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.float16, Extras(7))]
-    for case in [*cases, ("cuda", torch.float16, Extras(None, random_sinks()))]:
-        assert model.attention_backend(*case)[0] == "sdpa"
-
-
 PACKED = [([40, 1, 300], [40, 1, 300]), ([1, 1, 1], [40, 7, 300]), ([3, 1, 50], [40, 7, 300])]
 
 
@@ -376,11 +383,13 @@ CONFIGS = [
     (dict(rope_parameters={"rope_type": "other", "rope_theta": 1e4}), "'other'"),
     (dict(rope_scaling={"type": "linear"}), "factor"),
     (dict(rope_scaling=NO_LOW), "low_freq_factor"),
-    (dict(rope_scaling={**LINEAR, "mscale": 1.0}), "mscale"),
+    (dict(rope_scaling={**LLAMA3, "original_max_position_embeddings": None}), "original_max"),
+    (dict(rope_scaling={"full_attention": LINEAR}), "per layer type"),
+    (dict(rope_theta="1e4"), "rope_theta"),
+    (dict(attention_bias=1), "attention_bias"),
     (dict(hidden_act="relu"), "relu"),
     (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
-    (dict(layer_types=[FULL] * 3), "layer_types"),
     (dict(**QWEN2, layer_types=[FULL] * 2), "layer_types"),
     (dict(**QWEN2, layer_types=[FULL, "x", FULL]), "layer_types"),
     (dict(model_type="mistral", sliding_window=0), "sliding_window"),
@@ -416,13 +425,21 @@ def test_refused_file(name, content, tmp_path):
     assert "nowhere/config.json does not exist" in refusal(tmp_path / "nowhere")
 
 
-def test_repeated_output_is_ignored(tmp_path):
-    """A tied checkpoint that repeats its head, or has old rotary buffers, is read all the same."""
-    tiny.write(tmp_path, tie_word_embeddings=True)
-    expected = load(tmp_path)(tiny.ids(T))
-    spoil_tensor(tmp_path, "lm_head.weight", (61, 32))
-    spoil_tensor(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", (4,))
-    assert torch.equal(load(tmp_path)(tiny.ids(T)), expected)
+@pytest.mark.parametrize("scale, tied", [(1.0, True), (-1.0, False)])
+def test_tied_checkpoint_with_a_head(scale, tied, tmp_path):
+    """The file's head counts, as in transformers; old rotary buffers do not."""
+    from transformers import AutoModelForCausalLM
+
+    reference("llama", tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * scale
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    m = load(tmp_path)
+    assert (m(tiny.ids(T)) - expected).abs().max() <= 1e-4
+    assert m.config.tie_word_embeddings == tied
 
 
 def test_prompt_beyond_positions():

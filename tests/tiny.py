@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import Config, Transformer
+from model import Config, Transformer, family
 
 SIZES = dict(
     vocab_size=61,
@@ -37,17 +37,23 @@ def randomise(model, gemma=False, seed=0):
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
-            if "norm" in name:
+            if p.dtype == torch.uint8:  # MXFP4: any bytes are valid, scales are 2^(byte - 127)
+                bytes = torch.randint(256, p.shape, generator=generator)
+                noise = bytes % 3 + 123 if "scales" in name else bytes
+            elif "norm" in name or "ln_f" in name:
                 noise = 0.3 * noise + (0 if gemma else 1)
-            elif "embed_tokens" not in name:
-                noise = 0.5 * noise if p.dim() == 1 else 1.5 * noise / p.shape[1] ** 0.5
+            elif p.dim() == 1 or "bias" in name:
+                noise = 0.5 * noise
+            elif "embed" not in name:
+                noise = 1.5 * noise / p.shape[1] ** 0.5
             p.copy_(noise)
     return model
 
 
 def build(dtype=torch.float64, model_type="llama", **fields):
     """A random Transformer of SIZES, changed by `fields` of a config.json."""
-    model = Transformer(Config.from_dict({**SIZES, "model_type": model_type, **fields}))
+    raw = {**SIZES, "model_type": model_type, **fields}
+    model = family(raw)(family(raw).Config.from_dict(raw))
     model = randomise(model, model_type == "gemma").to(dtype)
     assert model(ids(40)).std() >= 1
     return model

@@ -1,0 +1,159 @@
+"""BLOOM (Le Scao et al. 2022), the third model of the paper: what differs from model.py.
+
+One product makes queries, keys and values, norms are LayerNorms, and positions are ALiBi (Press et
+al. 2022): a key's score falls by slope * distance, with a slope for each head. In a row of a
+softmax slope * (pos_j - pos_i) is as good as slope * pos_j, one more product of q and k. So keys
+carry their original position as a few columns more, and attention, dropping, the cache and
+training need not know of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import model
+from model import GELU_TANH, Transformer, attend, attend_over
+
+NAMES = {
+    "n_embed": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+COLUMNS = 8  # that queries and keys have more: six hold the position, two are for alignment
+
+
+@dataclass
+class BloomConfig(model.Config):
+    families = {"bloom": {"tie_word_embeddings": True}}
+    key_columns = COLUMNS
+    layer_norm_epsilon: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, raw):
+        """As model.Config.from_dict; BLOOM has names of its own for the same sizes."""
+        for name in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
+            if raw.get(name):
+                raise ValueError(f"{name} is not supported")
+        raw = {**raw, "num_key_value_heads": None, "head_dim": None}
+        for old, name in NAMES.items():
+            raw[name] = raw.get(old) or raw.get(name)
+        raw["intermediate_size"] = 4 * (raw["hidden_size"] or 1)
+        raw["max_position_embeddings"] = raw.get("seq_length") or 2048  # ALiBi itself has no limit
+        return super().from_dict(raw)
+
+    def mlp_weights(self):
+        """Weights of a layer's MLP that each token meets."""
+        return 2 * self.hidden_size * self.intermediate_size
+
+
+def alibi_slopes(heads):
+    """(heads,) float64, of Press et al. 2022: 2^(-8i/n), n the largest power of two <= heads.
+
+    The heads left have those between the first ones: 2^(-4(2j-1)/n).
+    """
+    n = 2 ** (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    slopes += [2 ** (-4 * (2 * j - 1) / n) for j in range(1, heads - n + 1)]
+    return torch.tensor(slopes, dtype=torch.float64, device="cpu")  # also of a model on "meta"
+
+
+class BloomAttention(nn.Module):
+    """Attention with the names and the fused product of BLOOM; see model.Attention."""
+
+    extras = model.Extras()
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.head_dim
+        self.query_key_value = nn.Linear(d, 3 * config.num_attention_heads * self.head_dim)
+        self.dense = nn.Linear(config.num_attention_heads * self.head_dim, d)
+        self.slopes = alibi_slopes(config.num_attention_heads)
+
+    def parts(self, x):
+        """x: (T, hidden_size), normed -> (T, heads, 3, head_dim): queries, keys and values."""
+        return self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
+
+    def q(self, x, positions):
+        """x: (T, hidden_size), normed -> (T, heads, head_dim + COLUMNS)."""
+        return self.placed_q(self.parts(x)[:, :, 0])
+
+    def kv(self, x, positions):
+        """x: (T, hidden_size), normed -> keys, as wide as queries; values (T, heads, head_dim)."""
+        _, k, v = self.parts(x).unbind(2)
+        return placed_k(k, positions), v
+
+    def placed_q(self, q):
+        """Queries with the slope of their head: in three parts, exact also in bfloat16.
+
+        q grows by sqrt(width / head_dim), as attention will divide by sqrt(width).
+        """
+        width = self.head_dim + COLUMNS
+        left, columns = (self.slopes * width**0.5).to(q.device), []
+        for _ in range(3):
+            part = left.to(q.dtype)
+            left = left - part.double()
+            columns += [part * 256, part]
+        columns += [torch.zeros_like(part)] * (COLUMNS - 6)
+        slopes = torch.stack(columns, -1).expand(len(q), -1, -1)
+        return torch.cat((q * (width / self.head_dim) ** 0.5, slopes), -1)
+
+    def forward(self, x, positions, seqlens, cache=None, attend=attend):
+        q, k, v = self.parts(x).unbind(2)
+        q, k = self.placed_q(q), placed_k(k, positions)
+        out = attend_over(cache, q, k, v, positions, seqlens, attend, self.extras)
+        return self.dense(out.flatten(1))
+
+
+def placed_k(k, positions):
+    """Keys with their position as pos // 256 and pos % 256, three times: exact to 65,536."""
+    digits = torch.stack((positions // 256, positions % 256), -1).to(k.dtype)  # (T, 2)
+    columns = torch.cat((digits, digits, digits, torch.zeros_like(digits)), -1)
+    return torch.cat((k, columns[:, None].expand(-1, k.shape[1], -1)), -1)
+
+
+class BloomMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(GELU_TANH(self.dense_h_to_4h(x)))
+
+
+class BloomBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.input_layernorm = nn.LayerNorm(width, eps)
+        self.self_attention = BloomAttention(config)
+        self.post_attention_layernorm = nn.LayerNorm(width, eps)
+        self.mlp = BloomMLP(config)
+
+    self_attn = property(lambda self: self.self_attention)
+    forward = model.Block.forward
+
+
+class Model(Transformer):
+    """BLOOM as a Transformer: other names, and a norm after the embedding."""
+
+    Config, prefix = BloomConfig, "transformer."
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.word_embeddings_layernorm = nn.LayerNorm(width, eps)
+        self.h = nn.ModuleList(BloomBlock(config) for _ in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(width, eps)
+        self.requires_grad_(False).eval()
+
+    embed_tokens = property(lambda self: self.word_embeddings)
+    layers = property(lambda self: self.h)
+    norm = property(lambda self: self.ln_f)
+
+    def embed(self, ids):
+        """ids: (T,) int -> x: (T, hidden_size)."""
+        return self.word_embeddings_layernorm(self.word_embeddings(ids))

@@ -1,0 +1,65 @@
+"""model_bloom.py against transformers."""
+
+import json
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from test_model import logits_of
+
+from model import Transformer, family
+
+
+def reference(folder, heads, layers=3):
+    """A random BLOOM of transformers, written to `folder`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(vocab_size=61, hidden_size=8 * heads, n_layer=layers, n_head=heads)
+    how = dict(attn_implementation="eager", dtype=torch.float32)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes), **how).eval()
+    tiny.randomise(hf).save_pretrained(folder)
+    return hf
+
+
+@pytest.mark.parametrize("heads", [4, 6, 12, 16])
+def test_logits_equal_transformers(heads, tmp_path):
+    """fp32 logits beyond 256 positions, with and without prefixed names, old and new spelling."""
+    expected = logits_of(reference(tmp_path, heads), tiny.ids(300))
+    m = Transformer.from_pretrained(tmp_path, torch.float32)
+    # 6e-5 is seen; the other form of GELU would give 3e-3
+    assert (m(tiny.ids(300)) - expected).abs().max() <= 1e-5 * expected.std().clamp(min=10)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    prefixed = all(name.startswith("transformer.") for name in tensors if name != "lm_head.weight")
+    renamed = {}
+    for name, tensor in tensors.items():
+        renamed[name.removeprefix("transformer.") if prefixed else f"transformer.{name}"] = tensor
+    safetensors.torch.save_file(renamed, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["n_embed"] = config.pop("hidden_size")
+    config["num_attention_heads"] = config.pop("n_head")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = Transformer.from_pretrained(tmp_path, torch.float32)
+    assert torch.equal(again(tiny.ids(300)), m(tiny.ids(300)))
+
+
+def test_bfloat16_positions(tmp_path):
+    """In bfloat16 positions far out are exact: the error is that of transformers, or less."""
+    hf = reference(tmp_path, 6, layers=1)
+    exact, ids = logits_of(hf, tiny.ids(1000)), tiny.ids(1000)
+    low = logits_of(hf.to(torch.bfloat16), ids).float()
+    got = Transformer.from_pretrained(tmp_path, torch.bfloat16)(ids).float()
+    assert (got - exact).abs().max() <= (low - exact).abs().max()
+
+
+@pytest.mark.parametrize("name", ["slow_but_exact", "apply_residual_connection_post_layernorm"])
+def test_refused_config(name):
+    raw = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61}
+    cls = family(raw).Config
+    assert cls.from_dict(raw).max_position_embeddings == 2048
+    assert cls.from_dict({**raw, "seq_length": 512}).max_position_embeddings == 512
+    with pytest.raises(ValueError, match=name):
+        cls.from_dict({**raw, name: True})
+    with pytest.raises(ValueError, match="hidden_size: a positive whole number"):
+        cls.from_dict({**raw, "hidden_size": None})
