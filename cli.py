@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+import parallel
 from download import checkpoint_folder, find
 from model import Transformer, read_json
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
@@ -31,6 +32,7 @@ ORIGIN = {}  # where figures come from, noted at a run's start: the working tree
 def run(main):
     """Call main; a user's mistake ends in one line and status 1."""
     keep_freed_memory()
+    parallel.wait()
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -136,7 +138,9 @@ def load_model(config):
     """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
     dtype = device_and_dtype(config)
     folder = checkpoint_folder(config.ckpt)
-    model = Transformer.from_pretrained(folder, dtype, config.device)
+    part = parallel if parallel.DIVIDED else None
+    model = Transformer.from_pretrained(folder, dtype, config.device, part)
+    parallel.wait()  # whoever is here has read the output folder: from now on it may change
     config.dtype = str(model.dtype).removeprefix("torch.")
     describe(model, Path(config.ckpt).name, folder)
     return model, folder

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import cli
 import eval_tasks
+import parallel
 from cli import clock
 from data import Example
 from download import DEFAULT
@@ -306,7 +307,7 @@ def predict(config, model, tokenizer, dataset, rows, examples, plans):
         numbered = enumerate(examples)
         keys[method] = [eval_tasks.result_key([*base, i], plan, own, e) for i, e in numbered]
         results[method] = open_results(config, dataset, method, keys[method])
-    for i, example in enumerate(tqdm(examples, desc=dataset, disable=None)):
+    for i, example in tqdm(parallel.mine([*enumerate(examples)]), desc=dataset, disable=None):
         official = {field: rows[i][field] for field in OFFICIAL}
         for method, plan in plans.items():
             key, notes = keys[method][i], {}
@@ -318,7 +319,7 @@ def predict(config, model, tokenizer, dataset, rows, examples, plans):
             record = results[method][key]
             value = score(dataset, record["pred"], record["answers"], record["all_classes"])
             records[method].append({**record, "score": 100 * value})
-    return records
+    return {method: parallel.joined(part, len(rows)) for method, part in records.items()}
 
 
 # ---------------------------------------------------------------------------- the table

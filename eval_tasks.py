@@ -29,6 +29,7 @@ from tqdm import tqdm
 import cli
 import data
 import kv
+import parallel
 import saliency
 import scorers
 from download import DEFAULT
@@ -226,7 +227,7 @@ def evaluate(run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=
     own |= {which: seed for which, plan in planned.items() if plan.name == "random"}
     taught = {layer for p in planned.values() if p.name == "teacher" for layer in p.schedule}
     results, found, warm = cli.Results(rows), {which: [] for which in planned}, False
-    for example in tqdm(examples, desc=task, disable=None):
+    for example in tqdm(parallel.mine(examples), desc=task, disable=None):
         labels, n = {}, len(example.prompt)
         for which, plan in planned.items():
             key = result_key(base, plan, own[which], example)
@@ -242,7 +243,7 @@ def evaluate(run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=
                 results.add({"key": key, "keep": which[0], "method": which[1], **got, **notes})
             floor = {"at_floor": at_floor(plan.schedule, n)}
             found[which].append(results[key] | floor)
-    return found
+    return {which: parallel.joined(part, len(examples)) for which, part in found.items()}
 
 
 # ---------------------------------------------------------------------------- tables

@@ -521,10 +521,10 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     @staticmethod
-    def from_pretrained(folder, dtype="auto", device="cpu", rank=None):
+    def from_pretrained(folder, dtype="auto", device="cpu", part=None):
         """The model of a Hugging Face folder: config.json, model.safetensors (or its shards).
 
-        dtype: a torch.dtype or "auto" (see auto_dtype); rank: a parallel.Rank reads its part alone.
+        dtype: a torch.dtype or "auto" (see auto_dtype); part: the module parallel, for its part.
         ValueError or FileNotFoundError names the file, field or tensor that is missing, unexpected,
         misshaped, unreadable or not supported.
         """
@@ -535,9 +535,9 @@ class Transformer(nn.Module):
             config = cls.Config.from_dict(raw)
         except (ValueError, TypeError) as error:  # TypeError: text where a number stands, and so on
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        config = rank.config(config) if rank else config
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(part.local_config(config) if part else config)
+        model.config = config
         expected, state = model.state_dict(), {}
         for path, name, file in read_tensors(folder):
             key = name.removeprefix(cls.prefix)
@@ -545,7 +545,7 @@ class Transformer(nn.Module):
                 continue  # some exporters write it
             if key not in expected and key != "lm_head.weight":
                 raise ValueError(f"{path}: unexpected tensor {name}")
-            tensor = rank.read(file, name, key) if rank else file.get_tensor(name)
+            tensor = part.read(file, name, config) if part else file.get_tensor(name)
             shape, asked = list(tensor.shape), list(expected.get(key, tensor).shape)
             if shape != asked:
                 raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {asked}")
@@ -560,6 +560,8 @@ class Transformer(nn.Module):
                 state["lm_head.weight"], config.tie_word_embeddings = head, False
                 model.lm_head = nn.Linear(*reversed(head.shape), bias=False, device="meta")
         model.load_state_dict(state, assign=True)
+        if part:
+            part.join(model, folder)
         return model
 
 

@@ -33,6 +33,7 @@ class GptOssConfig(model.Config):
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     mxfp4: bool = False  # how the experts' weights are stored
+    experts_here: int = None  # in this process (None: all)
 
     @classmethod
     def from_dict(cls, raw):
@@ -87,7 +88,8 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, d, f = config.num_local_experts, config.hidden_size, config.intermediate_size
+        d, f = config.hidden_size, config.intermediate_size
+        self.count = E = config.experts_here or config.num_local_experts
         self.alpha, self.limit, self.mxfp4 = config.swiglu_alpha, config.swiglu_limit, config.mxfp4
         for name, inputs, outputs in (("gate_up_proj", d, 2 * f), ("down_proj", f, d)):
             self.add(f"{name}_bias", torch.zeros(E, outputs))
@@ -124,14 +126,14 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = nn.Linear(config.hidden_size, config.num_local_experts)
         self.experts, self.count = Experts(config), config.num_experts_per_tok
-        self.first = 0  # the experts here are numbers first, first + 1, ...: parallel.py
+        self.first = 0  # the number of the first expert here
 
     def forward(self, x):
         """x: (T, hidden_size) -> the same shape."""
         values, chosen = self.router(x).topk(self.count, -1)  # (T, count) each
         weights, out = values.softmax(-1), torch.zeros_like(x)
         for e in chosen.unique().tolist():
-            if not 0 <= e - self.first < len(self.experts.down_proj_bias):
+            if not 0 <= e - self.first < self.experts.count:
                 continue
             rows, place = (chosen == e).nonzero(as_tuple=True)
             args = x[rows], e - self.first

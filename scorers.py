@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from flops import executed_flops, meet_budget, schedule_flops
 from model import Extras, attention_weights
+from parallel import over_heads
 from sdtp import dense, paper_schedule, prefill, pruned, select
 
 FILTER_DEPTH = 0.4  # of the layers: GemFilter's first pass (its paper: 13 of 32)
@@ -40,7 +41,8 @@ def last_attention(w=8, pool=1):
         attention, x = block.self_attn, block.input_layernorm(x)
         q, (k, _) = attention.q(x[-w:], positions[-w:]), attention.kv(x, positions)
         weights = attention_weights(q, k, positions[-w:], positions, attention.extras)  # (Hq, w, T)
-        return F.max_pool1d(weights.mean((0, 1))[None], pool, stride=1, padding=pool // 2)[0]
+        mean = over_heads(weights.mean((0, 1)))
+        return F.max_pool1d(mean[None], pool, stride=1, padding=pool // 2)[0]
 
     return scorer
 
@@ -63,7 +65,7 @@ def accumulated_attention(x, positions, block):
     """accumulated(), summed over the heads: the score of H2O (Zhang et al. 2023)."""
     attention, x = block.self_attn, block.input_layernorm(x)
     q, (k, _) = attention.q(x, positions), attention.kv(x, positions)
-    return accumulated(q, k, positions, attention.extras).sum(0)
+    return over_heads(accumulated(q, k, positions, attention.extras).sum(0))
 
 
 @each_prompt
@@ -72,8 +74,8 @@ def last_query(x, positions, block):
     attention, x = block.self_attn, block.input_layernorm(x)
     q, (k, _) = attention.q(x[-1:], positions[-1:]), attention.kv(x, positions)
     q = q[0].unflatten(0, (k.shape[1], -1))  # (Hkv, G, D)
-    dots = torch.einsum("hgd,khd->k", q.float(), k.float())[None]
-    return F.avg_pool1d(dots, 5, stride=1, padding=2)[0]
+    dots = over_heads(torch.einsum("hgd,khd->k", q.float(), k.float()))
+    return F.avg_pool1d(dots[None], 5, stride=1, padding=2)[0]
 
 
 def random(*generators):

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import cli
 import data
 import eval_tasks
+import parallel
 import saliency
 import sdtp
 from download import DEFAULT
@@ -274,8 +275,8 @@ def train(model, heads, schedule, examples, config, losses=losses):
     for step in range(first, len(groups)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(groups), config.lr)
         optimizer.zero_grad()
-        record = {"step": step + 1, "loss": 0.0}
-        for place, i in enumerate(groups[step]):
+        record = {}
+        for place, i in parallel.mine(list(enumerate(groups[step]))):
             seed = ((config.seed * 1_000_003 + step) * 10_007 + place) % 2**63
             labels = saliency.stored_label(model, examples[i], heads, config, out / "labels")
             draws = torch.Generator().manual_seed(seed)
@@ -283,17 +284,19 @@ def train(model, heads, schedule, examples, config, losses=losses):
             (loss / config.accumulate).backward()  # each prompt weighs the same
             for name, term in {"loss": loss, **terms}.items():
                 record[name] = record.get(name, 0.0) + term.item() / len(groups[step])
+        parallel.share_step(list(parameters.values()), record)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"the loss is {record['loss']}: a lower --lr, in another --out_dir")
         torch.nn.utils.clip_grad_norm_(parameters.values(), GRAD_CLIP)
         optimizer.step()
+        if parallel.RANK:
+            continue  # the first process writes
         with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({"step": step + 1, **record}) + "\n")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == len(groups):
             save_checkpoint(out, parameters, optimizer, step + 1)
-        seconds = (time.perf_counter() - began) / (step + 1 - first)
-        shown = " | ".join(f"{name} {record[name]:.3f}" for name in record if name != "step")
-        left = seconds * (len(groups) - step - 1) / 60
+        shown = " | ".join(f"{name} {value:.3f}" for name, value in record.items())
+        left = (time.perf_counter() - began) / (step + 1 - first) * (len(groups) - step - 1) / 60
         print(f"step {step + 1}/{len(groups)} | {shown} | {left:.0f} min left", flush=True)
 
 
@@ -315,16 +318,14 @@ def save_checkpoint(out, parameters, optimizer, step):
 
 def restore(out, parameters, optimizer):
     """The first step; the weights and moments of the checkpoint, if there is one, are loaded."""
-    path, step, lines = out / "checkpoint.safetensors", 0, []
+    path, step, lines, moments = out / "checkpoint.safetensors", 0, [], ("exp_avg", "exp_avg_sq")
     if path.is_file():
         try:
             tensors = safetensors.torch.load_file(path)
             for name, p in parameters.items():
                 p.data.copy_(tensors[f"heads.{name}"])
-                moments = {
-                    k: tensors[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")
-                }
-                optimizer.state[p] = moments | {"step": tensors[f"step.{name}"]}
+                held = {k: tensors[f"{k}.{name}"].to(p.device) for k in moments}
+                optimizer.state[p] = held | {"step": tensors[f"step.{name}"]}
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged, or of another run ({error})") from None
         step = int(tensors["step"])
@@ -431,9 +432,8 @@ def main():
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {note}", flush=True)
     sdtp.write_atomic(out / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     train(model, heads, schedule, examples, config)
-    info = {k: v for k, v in asdict(config).items() if k not in ("span", "out_dir", "resume")}
-    info |= {"prompts": len(examples)}
-    sdtp.save_heads(out / "heads", heads, model, schedule, config.span, **info)
+    info = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume")}
+    sdtp.save_heads(out / "heads", heads, model, schedule, **info, prompts=len(examples))
     draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
     print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
     methods = ["dense", "sdtp", "random", "most_recent", "teacher"]

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import Config, Transformer, family
+from model import family
 
 SIZES = dict(
     vocab_size=61,
@@ -70,10 +70,10 @@ def write(folder, **fields):
     folder.mkdir(parents=True, exist_ok=True)
     raw = {**SIZES, "model_type": "llama", **fields}
     (folder / "config.json").write_text(json.dumps(raw))
-    state = randomise(Transformer(Config.from_dict(raw))).state_dict()
+    model = family(raw)(family(raw).Config.from_dict(raw))
     tensors = {}
-    for name, tensor in state.items():
-        tensors[name if name.startswith("lm_head") else f"model.{name}"] = tensor
+    for name, tensor in randomise(model, raw["model_type"] == "gemma").state_dict().items():
+        tensors[name if name.startswith("lm_head") else model.prefix + name] = tensor
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -1,0 +1,139 @@
+"""Two processes on the CPU (gloo) against one: torchrun runs this file's work()."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+import parallel
+import sdtp
+from model import Transformer
+
+FOUR_HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+FAMILIES = {
+    "llama": {},
+    "mistral": dict(sliding_window=7),
+    "qwen3": dict(head_dim=16),
+    "gemma": dict(head_dim=8),
+    "bloom": dict(num_attention_heads=6, hidden_size=48),
+    "gpt_oss": dict(num_local_experts=4, sliding_window=7, hidden_size=64),
+    "gpt_oss mxfp4": dict(
+        num_local_experts=4,
+        hidden_size=64,
+        intermediate_size=32,
+        quantization_config={"quant_method": "mxfp4"},
+    ),
+}
+SCHEDULE = {0: 0.8, 2: 0.5}
+
+
+def read(folder, part=None):
+    """What a model of a folder gives: dense logits, kept positions, decoded ids, its identity."""
+    m = Transformer.from_pretrained(folder, torch.float32, part=part)
+    torch.manual_seed(0)
+    heads = {layer: sdtp.PruneHead(m.config.hidden_size) for layer in SCHEDULE}
+    cache, ids = sdtp.KVCache(3, extra=8), tiny.ids(40)
+    method = sdtp.pruned(heads, SCHEDULE, span=3)
+    new = sdtp.generate(m, ids, 8, method, cache=cache)[0]
+    kept = [layer.positions[0, :n].tolist() for layer, (n,) in zip(cache.layers, cache.alive)]
+    found = {"kept": kept, "new": new, "fingerprint": sdtp.fingerprint(m)}
+    return found | {"logits": m(ids).tolist(), "alone": m.embed(ids).sum().item()}
+
+
+def work(folder):
+    """One process of torchrun: all families in turn."""
+    parallel.DIVIDED = True
+    parallel.wait()
+    for name in FAMILIES:
+        found = read(Path(folder) / name, parallel)
+        (Path(folder) / name / f"rank{parallel.RANK}.json").write_text(json.dumps(found))
+
+
+def torchrun(*command, processes=2):
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    how += ["--nproc_per_node", str(processes)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*how, *map(str, command)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_divided_model(tmp_path):
+    """Dense logits, kept tokens, text and fingerprint of two processes are those of one."""
+    for name, fields in FAMILIES.items():
+        tiny.write(tmp_path / name, model_type=name.split()[0], **FOUR_HEADS | fields)
+    torchrun(__file__, tmp_path)
+    for name in FAMILIES:
+        one = read(tmp_path / name)
+        for rank in (0, 1):
+            two = json.loads((tmp_path / name / f"rank{rank}.json").read_text())
+            far = torch.tensor(two.pop("logits")) - torch.tensor(one["logits"])
+            assert far.abs().max() <= 1e-4, name
+            assert two == {k: v for k, v in one.items() if k != "logits"}, name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny checkpoint and rows."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.checkpoint(folder / "tiny", num_hidden_layers=6, max_position_embeddings=256)
+    row = {"context": "", "instruction": "which one?", "response": "the last one, it is."}
+    rows = [dict(row, context=f"{i} is {i * 7919 % 97}. " * (10 + i % 3)) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def on_tiny(world, out):
+    flags = f"--ckpt {world}/tiny --data {world}/rows.jsonl --device cpu --dtype float32"
+    return f"{flags} {out}".split()
+
+
+@pytest.mark.slow
+def test_divided_prompts(world):
+    """Training and evaluating on two processes is training and evaluating on one."""
+    more = "--first_layer 2 --stages 2 --max_prompts 14 --eval_prompts 4 --accumulate 3 --out_dir"
+    rows, heads, logs = [], [], []
+    for processes, name in ((1, "one"), (2, "two")):
+        out = world / name
+        torchrun("train.py", *on_tiny(world, f"{more} {out}"), processes=processes)
+        heads.append(safetensors.torch.load_file(out / "heads/heads.safetensors"))
+        logs.append([json.loads(line) for line in open(out / "log.jsonl")])
+        table = f"--heads {world}/one/heads --methods sdtp,random,teacher --limit 5"
+        table += f" --json {out}.json --rows {out}.jsonl"
+        torchrun("eval_tasks.py", *on_tiny(world, table), processes=processes)
+        rows.append([{k: r[k] for k in ("method", "loss", "flops_share")} for r in read_json(out)])
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+    assert len(logs[0]) == len(logs[1]) == 10
+    for a, b in zip(*logs):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5) for k in a)
+    for name, weight in heads[0].items():
+        assert (weight - heads[1][name]).abs().max() <= 1e-6, name
+
+
+def read_json(out):
+    return json.loads(Path(f"{out}.json").read_text())
+
+
+@pytest.mark.slow
+def test_refusals(world):
+    """Processes that do not fit the heads, and training with a divided model: a line each."""
+    for processes, script, error in (
+        (3, "saliency.py", "3 processes: num_attention_heads is 4"),
+        (2, "train.py", "a divided model does not train"),
+    ):
+        flags = f"--ckpt {world}/tiny --device cpu --out_dir {world}/no"
+        more = " --prompt abc" if processes == 3 else f" --first_layer 2 --data {world}/rows.jsonl"
+        with pytest.raises(AssertionError, match=error):
+            torchrun("parallel.py", script, *(flags + more).split(), processes=processes)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])
