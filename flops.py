@@ -33,11 +33,10 @@ def executed_flops(config, n, alive, heads=None, logit_rows=1):
     alive: at each layer the number of tokens or, for a window, their positions; logit_rows: that
     the LM head runs on. Scorers without weights are not counted.
     """
-    d, D = config.hidden_size, config.head_dim
-    Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
+    d, D, Hq = config.hidden_size, config.head_dim, config.num_attention_heads
     rows = [n, *(a if isinstance(a, int) else len(a) for a in alive)]  # rows[i] reach a stage at i
-    linear = sum(rows[1:]) * 2 * (2 * d * (Hq + Hkv) * D + config.mlp_weights())
-    linear += 2 * logit_rows * config.vocab_size * d
+    linear = 2 * d * D * (Hq + config.num_key_value_heads) + config.mlp_weights()
+    linear = 2 * linear * sum(rows[1:]) + 2 * logit_rows * config.vocab_size * d
     seen = sum(pairs(a, config.window(i)) for i, a in enumerate(alive))
     attention = 2 * Hq * (2 * D + config.key_columns) * seen
     scoring = 0

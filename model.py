@@ -188,6 +188,8 @@ class RoPE:
             if self.dynamic:
                 factor, old = self.dynamic
                 longer = max(1.0, (int(positions.max()) + 1) / old)
+                if longer > 1 and (positions == 0).sum() > 1:
+                    raise ValueError(f"dynamic RoPE beyond {old} tokens: one prompt at a time")
                 power = len(self.even) / (len(self.even) - 1)
                 self.frequencies = (self.theta * (factor * (longer - 1) + 1) ** power) ** -self.even
             self.frequencies = self.frequencies.to(x.device)
@@ -476,13 +478,8 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.requires_grad_(False).eval()
 
-    @property
-    def device(self):
-        return self.norm.weight.device
-
-    @property
-    def dtype(self):
-        return self.norm.weight.dtype
+    device = property(lambda self: self.norm.weight.device)
+    dtype = property(lambda self: self.norm.weight.dtype)
 
     def positions(self, seqlens):
         """(T,) 0, 1, ... within each sequence. ValueError for one that is empty, or too long."""

@@ -15,11 +15,6 @@ from torch import nn
 import model
 from model import GELU_TANH, Transformer, attend, attend_over
 
-NAMES = {
-    "n_embed": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-}
 COLUMNS = 8  # that queries and keys have more: six hold the position, two are for alignment
 
 
@@ -36,8 +31,9 @@ class BloomConfig(model.Config):
             if raw.get(name):
                 raise ValueError(f"{name} is not supported")
         raw = {**raw, "num_key_value_heads": None, "head_dim": None}
-        for old, name in NAMES.items():
-            raw[name] = raw.get(old) or raw.get(name)
+        raw["hidden_size"] = raw.get("n_embed") or raw.get("hidden_size")
+        raw["num_hidden_layers"] = raw.get("n_layer") or raw.get("num_hidden_layers")
+        raw["num_attention_heads"] = raw.get("n_head") or raw.get("num_attention_heads")
         raw["intermediate_size"] = 4 * (raw["hidden_size"] or 1)
         raw["max_position_embeddings"] = raw.get("seq_length") or 2048  # ALiBi itself has no limit
         return super().from_dict(raw)
@@ -136,7 +132,7 @@ class BloomBlock(nn.Module):
 
 
 class Model(Transformer):
-    """BLOOM as a Transformer: other names, and a norm after the embedding."""
+    """A Transformer with BLOOM's names, and a norm after the embedding."""
 
     Config, prefix = BloomConfig, "transformer."
 

@@ -33,16 +33,14 @@ earliest = each_prompt(lambda x, positions, block: -positions)
 
 
 def last_attention(w=8, pool=1):
-    """Attention that each gets from the last w tokens, mean over them and the heads, then maximum
-    over `pool` neighbours."""
+    """Mean attention from the last w tokens, over all heads; its maximum over `pool` neighbours."""
 
     @each_prompt
     def scorer(x, positions, block):
         attention, x = block.self_attn, block.input_layernorm(x)
         q, (k, _) = attention.q(x[-w:], positions[-w:]), attention.kv(x, positions)
         weights = attention_weights(q, k, positions[-w:], positions, attention.extras)  # (Hq, w, T)
-        mean = over_heads(weights.mean((0, 1)))
-        return F.max_pool1d(mean[None], pool, stride=1, padding=pool // 2)[0]
+        return F.max_pool1d(over_heads(weights.mean((0, 1)))[None], pool, 1, pool // 2)[0]
 
     return scorer
 
