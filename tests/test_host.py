@@ -19,6 +19,7 @@ FAMILIES = {
     "llama": dict(attention_bias=True, tie_word_embeddings=True),
     "mistral": dict(sliding_window=7),
     "qwen2": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": dict(head_dim=12),
     "gemma": dict(head_dim=16),
 }
 STAGES, LENS = {0: 0.8, 2: 0.5}, [40, 1, 33]
