@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Heads trained with one thing changed each (the paper's table 4 and figures 4 and 5, and ours).
+# Heads trained with one thing changed each (the paper's figures 4 and 5, and ours; table 4: ablation.sh).
 # bash runs/studies.sh [DATA]: a table per variant in out/studies/NAME/eval.json; goes on where it was stopped.
 set -euo pipefail
 data=${1:-pydoc,made}
@@ -10,9 +10,6 @@ run() {
   [ ! -f "$out/config.json" ] || set -- "$1" --resume
   python train.py --out_dir "$out" --max_prompts 150 --data "$data" "${@:2}"
 }
-run paper
-run no_rank --rank_weight 0
-run no_rank_no_mse --rank_weight 0 --mse_weight 0
 run distill --distill
 run grad_norm --teacher grad_norm
 run over_all --over all
