@@ -5,7 +5,6 @@ import math
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
-import safetensors.torch
 import tiny
 import torch
 from hypothesis import example, given
@@ -113,22 +112,11 @@ def test_paper_schedule():
 
 
 def test_select_by_hand():
-    """Of equal scores the later stays, the protected whatever they score; NaN is the lowest."""
-    n, positions = 20, torch.arange(20)  # protected: 0 to 3, 18 and 19
-    keep, kept = select(torch.zeros(n), positions, 0.5, [n], [n])
-    assert keep.tolist() == [0, 1, 2, 3, 14, 15, 16, 17, 18, 19] and kept == [10]
-    scores = torch.where(sdtp.is_protected(positions, n), -torch.inf, -positions.float())
-    assert select(scores, positions, 0.5, [n], [n])[0].tolist() == [*range(8), 18, 19]
-    scores = torch.tensor([1.0] * 4 + [torch.nan] * 5 + [torch.inf] * 2 + [-5.0] * 9)
-    keep = select(scores, positions, 0.5, [n], [n])[0]
-    assert keep.tolist() == [0, 1, 2, 3, 9, 10, 16, 17, 18, 19]
-    for span in (1, 8):
-        keep = select(scores, positions, 0.3, [n], [n], span)[0]
-        assert keep.tolist() == [0, 1, 2, 3, 18, 19]
-
-
-def test_select_keeps_whole_spans():
-    """Whole but for the protected, and for the one that fills the count: its later tokens stay."""
+    """Of equal scores the later stays; protected tokens do whatever they score; NaN is the lowest;
+    spans stay whole, but for the last, whose later tokens fill the count."""
+    scores = torch.tensor([math.nan] * 4 + [math.nan] * 5 + [1.0] * 2 + [-5.0] * 9)
+    keep, kept = select(scores, torch.arange(20), 0.5, [20], [20])
+    assert keep.tolist() == [0, 1, 2, 3, 9, 10, 16, 17, 18, 19] and kept == [10]
     scores = torch.zeros(100)
     scores[[20, 47, 65]] = torch.tensor([3.0, 2.0, 1.0])
     keep, kept = select(scores, torch.arange(100), 0.34, [100], [100], 8)
@@ -231,13 +219,10 @@ def test_prefill_costs_what_is_alive():
     "schedule, heads, named",
     [
         ({6: 0.5}, [6], "layer 6"),
-        ({-1: 0.5}, [-1], "layer -1"),
         ({1: 1.5}, [1], "1.5"),
-        ({1: -0.1}, [1], "-0.1"),
         ({1: math.nan}, [1], "nan"),
         ({2: 0.6, 1: 0.5}, [1, 2], "0.6 at layer 2"),
         ({1: 0.5, 2: 0.4}, [1], "no head for the stage at layer 2"),
-        ({1: 0.5}, [], "no head for the stage at layer 1"),
         ({}, [1], "heads without a schedule"),
     ],
 )
@@ -294,11 +279,10 @@ def test_generate_stops():
     assert generate(model, ids[:20], 10, cache=cache, eos_token_ids=[eos]) == cut[:1]
     assert cache.seqlens() == [[20 + len(cut[0]) - 1]] * 3
     assert generate(model, ids, 0, seqlens=lens) == [[], []]
-    firsts = [f[0] for f in free]
-    forced = generate(model, ids, 3, seqlens=lens, eos_token_ids=firsts, min_new_tokens=1)
-    for prompt, new in zip(ids.split(lens), forced):  # the best token that does not end the text
-        logits = model(prompt)[-1].index_fill(0, torch.tensor(firsts), -math.inf)
-        assert new[0] == logits.argmax() and len(new) > 1
+    first = free[0][0]
+    ((new, *more),) = generate(model, ids[:20], 3, eos_token_ids=[first], min_new_tokens=1)
+    logits = model(ids[:20])[-1].index_fill(0, torch.tensor(first), -math.inf)
+    assert new == logits.argmax() and more  # the best token that does not end the text
 
 
 def test_generate_refuses():
@@ -307,28 +291,27 @@ def test_generate_refuses():
     assert len(generate(model, tiny.ids(60), 4)[0]) == 4
     with pytest.raises(ValueError, match="65 prompt and new tokens .* 64 positions"):
         generate(model, tiny.ids(60), 5)
-    for temperature in (math.nan, math.inf, -1.0):
-        with pytest.raises(ValueError, match=f"^temperature {temperature}: .*$"):
-            generate(model, tiny.ids(5), 2, temperature=temperature)
-    for top_p in (math.nan, 0.0, 1.5):
-        with pytest.raises(ValueError, match=f"^top_p {top_p}: .*$"):
-            generate(model, tiny.ids(5), 2, temperature=1.0, top_p=top_p)
+    wrong = {"temperature": (math.nan, math.inf, -1.0), "top_p": (math.nan, 0.0, 1.5)}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} {value}: "):
+                generate(model, tiny.ids(5), 2, **{name: value})
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.4)])
+@pytest.mark.parametrize("temperature, top_p", [(0.5, 1.0), (2.0, 0.7), (1.0, 0.4)])
 def test_sampling_distribution(temperature, top_p):
     """40,000 draws are of softmax(logits / temperature), cut to the smallest set with top_p."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    probs, total, wanted = (logits / temperature).softmax(-1).tolist(), 0.0, [0.0] * 8
-    for i in sorted(range(8), key=lambda i: -probs[i]):
+    probs, total, wanted = (logits / temperature).softmax(-1), 0.0, torch.zeros(8)
+    for i in probs.argsort(descending=True):
         if total < top_p:
             wanted[i] = probs[i]
         total += probs[i]
     generator = torch.Generator().manual_seed(1)
     draws = sdtp.sample_token(logits.expand(40000, 8), temperature, top_p, generator)
     got = draws.bincount(minlength=8) / 40000
-    assert (got - torch.tensor(wanted) / sum(wanted)).abs().max() < 0.01
-    assert all((g == 0) == (w == 0) for g, w in zip(got.tolist(), wanted))
+    assert (got - wanted / wanted.sum()).abs().max() < 0.01
+    assert torch.equal(got == 0, wanted == 0)
 
 
 def test_generate_sampling():
@@ -358,13 +341,10 @@ def test_heads_round_trip(saved):
     model, heads, schedule, folder = saved
     loaded, loaded_schedule, span, info = load_heads(folder / "heads", model)
     assert loaded_schedule == schedule and span == 4 and list(loaded) == [0, 1]
+    assert info["teacher"] == "grad_norm" and info["ckpt"] == "tiny"
     a, b = (prefill(model, tiny.ids(30), h, schedule, span=4)[0] for h in (heads, loaded))
     assert torch.equal(a, b)
     assert not any(p.requires_grad for head in loaded.values() for p in head.parameters())
-    assert info["teacher"] == "grad_norm" and info["ckpt"] == "tiny"
-    first = (folder / "heads" / "heads.safetensors").read_bytes()
-    save_heads(folder / "again", loaded, model, schedule)
-    assert (folder / "again" / "heads.safetensors").read_bytes() == first
 
 
 def test_heads_of_a_class(saved):
@@ -408,10 +388,8 @@ def edit(**changes):
     return spoil
 
 
-def swap_weights(folder):
-    tensors = safetensors.torch.load_file(folder / "heads.safetensors")
-    swapped = {name: t + 1 for name, t in tensors.items()}
-    safetensors.torch.save_file(swapped, folder / "heads.safetensors")
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
 
 
 @pytest.mark.parametrize(
@@ -419,17 +397,11 @@ def swap_weights(folder):
     [
         (lambda f: (f / "heads.json").unlink(), "/heads.json does not exist"),
         (lambda f: (f / "heads.safetensors").unlink(), "/heads.safetensors"),
-        (swap_weights, "heads.safetensors is damaged"),
-        (lambda f: (f / "heads.safetensors").write_bytes(b"0"), "heads.safetensors is damaged"),
-        (lambda f: (f / "heads.json").write_text("{"), "heads.json"),
-        (
-            lambda f: (f / "heads.json").write_text("{}"),
-            "another format (older ones: commit 418cf82)",
-        ),
+        (write("heads.safetensors", "0"), "heads.safetensors is damaged"),
+        (write("heads.json", "{"), "heads.json"),
         (edit(format=None), "another format (older ones: commit 418cf82)"),
         (edit(schedule=None), "heads.json"),
         (edit(schedule={"7": 0.5}), "layer 7"),
-        (edit(schedule={"0": 0.7, "1": 0.8}), "0.8 at layer 1"),
         (edit(schedule={"0": 0.7, "1": 0.5, "2": 0.4}), "2.fc1.weight"),
         (edit(schedule={"1": 0.5}), "0.fc1.weight"),
         (edit(schedule={"0": "most"}), "most"),
