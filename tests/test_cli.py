@@ -19,32 +19,22 @@ from model import Transformer
 from sdtp import PruneHead, save_heads
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {  # script: the flags that it needs beside --ckpt to get to the model
-    "train.py": "--data text.txt --out_dir out",
-    "sample.py": "--prompt hello",
-    "eval_tasks.py": "--text text.txt",
-    "bench.py": "--lengths 20",
-    "saliency.py": "--prompt hello",
-}
-EVERYWHERE = {
-    "--ckpt gpt-17": "gpt-17: neither a folder nor one of smollm2-135m-q4",
-    "--ckpt heads": "heads/config.json",
-    "--ckpt cut": "cut/model.safetensors",
-    "--ckpt tiny --dtype int8": "--dtype int8: choose auto, bfloat16",
-}
+SCRIPTS = "train sample eval_tasks bench saliency eval_harness eval_longbench report".split()
 MISTAKES = {
-    "sample.py": "--prompt",
-    "sample.py --prompt_file text.txt --dense --ckpt tiny": "the model's 64 positions",
-    "sample.py --prompt abc --temperature nan": "--temperature nan",
-    "sample.py --prompt abc --seed 3": "--seed",
-    "sample.py --prompt abc --chat --ckpt tiny": "no chat_template",
-    "sample.py --prompt a --heads heads/tiny,heads/a/heads --ckpt tiny": "one folder is needed",
-    "sample.py --prompt abc --keep 1.5": "--keep 1.5",
-    "sample.py --prompt abc --dense --keep 0.5": "--keep has no effect with --dense",
-    "sample.py --prompt abc --kv h2o --picture p.png": "--picture: not with --kv",
+    "": "--prompt",
+    "--prompt a --ckpt gpt-17": "gpt-17: neither a folder nor one of smollm2-135m-q4",
+    "--prompt a --ckpt heads": "heads/config.json",
+    "--prompt a --ckpt cut": "cut/model.safetensors",
+    "--prompt a --dtype int8": "--dtype int8: choose auto, bfloat16",
+    "--prompt_file text.txt --dense": "the model's 64 positions",
+    "--prompt abc --temperature nan": "--temperature nan",
+    "--prompt abc --seed 3": "--seed",
+    "--prompt abc --chat": "no chat_template",
+    "--prompt a --heads heads/tiny,heads/a/heads": "one folder is needed",
+    "--prompt abc --keep 1.5": "--keep 1.5",
+    "--prompt abc --dense --keep 0.5": "--keep has no effect with --dense",
+    "--prompt abc --kv h2o --picture p.png": "--picture: not with --kv",
 }
-for flags, says in EVERYWHERE.items():
-    MISTAKES |= {f"{script} {needed} {flags}": says for script, needed in SCRIPTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +65,11 @@ def run(world, monkeypatch):
     return script
 
 
-@pytest.mark.parametrize("command", MISTAKES)
-def test_mistakes(run, command):
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes(run, flags):
     """One line, which the interpreter prints; other scripts' mistakes are in their own tests."""
-    error = run(command)
-    assert error.startswith(command.split()[0]) and "\n" not in error
-    assert MISTAKES[command] in error
+    error = run(f"sample.py --ckpt tiny {flags}")
+    assert error.startswith("sample.py: ") and "\n" not in error and MISTAKES[flags] in error
 
 
 def test_from_outside():
@@ -104,32 +93,29 @@ def test_flags_come_from_the_dataclass(capsys):
     assert cli.parse(Options, "doc", []) == Options()
     assert capsys.readouterr().out == "size=3 rate=0.5 loud=False\n"
     given = cli.parse(Options, "doc", "--size 4 --rate 1e-3 --loud".split())
-    assert given == Options(4, 0.001, True)
-    assert cli.parse(Options, "doc", "--size 3 --no-loud".split()).given == {"size", "loud"}
+    assert given == Options(4, 0.001, True) and given.given == {"size", "rate", "loud"}
     with pytest.raises(SystemExit):
         cli.parse(Options, "the doc", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "the doc" in shown and "how many: 100 % of them (default: 3)" in shown
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "eval_harness.py", "eval_longbench.py", "report.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help(run, script, capsys):
     """Every field has a comment, train.py at most 25, others 16; no other flag, none shortened."""
-    module = importlib.import_module(script.removesuffix(".py"))
-    found = [c for c in vars(module).values() if getattr(c, "__module__", 0) == module.__name__]
+    module = importlib.import_module(script)
+    found = [c for c in vars(module).values() if getattr(c, "__module__", 0) == script]
     (config,) = (c for c in found if getattr(c, "__name__", "").endswith("Config"))
     names = {field.name for field in fields(config)}
-    assert cli.comments(config).keys() == names
-    assert len(names) <= (25 if script == "train.py" else 16)
-    for wrong in ("--nope", "--ckp"):
-        assert run(f"{script} {wrong} 1") == 2 and f"arguments: {wrong}" in capsys.readouterr().err
+    assert cli.comments(config).keys() == names and len(names) <= (25 if script == "train" else 16)
+    assert run(f"{script}.py --ckp 1") == 2 and "arguments: --ckp" in capsys.readouterr().err
 
 
 def test_checks_of_flags():
     """NaN passes no check."""
     for value in (float("nan"), float("inf"), 0):
         with pytest.raises(ValueError, match=f"--rate {value}: at least 1"):
-            cli.at_least(1, SimpleNamespace(rate=value), "rate")
+            cli.at_least(1, Options(rate=value), "rate")
     assert cli.numbers("keep", "0.5,1", float, lambda keep: 0 < keep <= 1) == [0.5, 1]
     for text, kind in {"nan": float, "inf": float, "1,": int, "0": int, "2.5": int}.items():
         with pytest.raises(ValueError, match=f"--x {text}"):
@@ -199,13 +185,11 @@ def test_print_table(capsys):
 
 
 def test_draw_lines(tmp_path, monkeypatch):
-    """Points in the order of x, a band from low to high; the figure's file appears whole."""
+    """Points in the order of x; a figure's file appears, in a folder that need not be there."""
     figures, save = [], cli.save_figure
     monkeypatch.setattr(cli, "save_figure", lambda *args: figures.append(args[0]) or save(*args))
     cli.draw_lines({"a": [(2, 5, 4, 6), (1, 3, 2, 9)]}, tmp_path / "new/f.png")
     assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[1, 3], [2, 5]]
-    band = figures[0].axes[0].collections[0].get_paths()[0].vertices.tolist()
-    assert all(corner in band for corner in ([1, 2], [1, 9], [2, 4], [2, 6]))
     assert [file.name for file in tmp_path.glob("new/*")] == ["f.png"]
 
 
@@ -242,9 +226,6 @@ def test_rows_and_their_origin(tmp_path, monkeypatch):
         (tmp_path / name).write_text("2")
         cli.note_origin()
         assert cli.ORIGIN["commit"] == head + end
-    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without git
-    cli.note_origin()
     cli.write_rows(tmp_path / "r.json", [{"a": 1}, {"a": 2}], seed=5)
-    rows = json.loads((tmp_path / "r.json").read_text())
-    assert [row["a"] for row in rows] == [1, 2] and rows[1]["seed"] == 5
-    assert rows[0]["commit"] == "unknown" and rows[0]["command"] == "python bench.py --text 'a b'"
+    row = json.loads((tmp_path / "r.json").read_text())[1]
+    assert (row["a"], row["seed"], row["command"]) == (2, 5, "python bench.py --text 'a b'")
