@@ -1,4 +1,4 @@
-"""flops.py against PyTorch's counter, plain loops and the paper's table 2."""
+"""flops.py against PyTorch's counter and plain loops."""
 
 import math
 
@@ -7,27 +7,10 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flops import (
-    alive_per_layer,
-    at_keep,
-    executed_flops,
-    meet_budget,
-    pairs,
-    paper_flops,
-    schedule_flops,
-)
+from flops import alive_per_layer, at_keep, executed_flops, meet_budget, pairs, schedule_flops
 from model import Config
 from sdtp import PruneHead, paper_schedule, prefill
 
-MISTRAL_7B = dict(
-    model_type="mistral",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    max_position_embeddings=2**17,
-)
 CONFIG = Config.from_dict({**tiny.SIZES, "model_type": "llama", "num_hidden_layers": 30})
 N = 1000
 
@@ -71,17 +54,6 @@ def test_part_of_a_pass():
     assert first == (10 * 2 * 20 * 32 * (2 * 6 * 8 + 3 * 48), whole[1] // 3, 0)
     rows = executed_flops(CONFIG, 20, [20] * 30, logit_rows=20)[0] - whole[0]
     assert rows == 19 * 2 * 61 * 32
-
-
-def test_paper_flops():
-    """The paper's table 2 in TFLOPs: dense to 0.01 %, pruned within 2.5 %."""
-    config, schedule = Config.from_dict(MISTRAL_7B), paper_schedule(32)
-    dense = [72.51, 158.22, 369.22, 949.54, 2743.46, 8864.49]
-    pruned = [47.81, 102.01, 229.41, 560.40, 1526.98, 4678.81]
-    for i, n in enumerate(2**k for k in range(12, 18)):
-        assert paper_flops(config, [n] * 32) / 1e12 == pytest.approx(dense[i], rel=1e-4)
-        alive = alive_per_layer(schedule, n, 32)
-        assert paper_flops(config, alive) / 1e12 == pytest.approx(pruned[i], rel=0.025)
 
 
 @pytest.mark.parametrize("keep", [0.95, 0.9, 0.8, 0.7])
