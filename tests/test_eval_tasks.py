@@ -177,17 +177,6 @@ def test_teacher_ranks_by_the_response():
     assert row["loss"] == pytest.approx(nats / 16, rel=1e-9)
 
 
-def test_random_is_its_own():
-    """A prompt is drawn the same whatever else runs; another seed draws anew."""
-    model, loss = tiny.build(**DEEP), {}
-    for seed in (0, 1):
-        rows = perplexity(model, EXAMPLES, ["sdtp", "random"], stages(), seed=seed)
-        alone = perplexity(model, EXAMPLES[::-1], ["random"], stages(), seed=seed, keeps=[0.8, 0])
-        loss[seed] = by_name(rows)["random"]["loss"]
-        assert by_name(alone)["random"]["loss"] == pytest.approx(loss[seed], rel=1e-9)
-    assert loss[0] != loss[1]
-
-
 # ---------------------------------------------------------------------------- tables
 
 
@@ -280,8 +269,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     [
         ({"seed": 1}, ["random"]),
         ({"ranker": 1}, ["sdtp"]),
-        ({"model": "other"}, ["dense", "random", "sdtp", "teacher"]),
-        ({"model": "bfloat16"}, ["dense", "random", "sdtp", "teacher"]),
+        ({"weight": 1}, ["dense", "random", "sdtp", "teacher"]),
+        ({"dtype": torch.bfloat16}, ["dense", "random", "sdtp", "teacher"]),
         ({"schedule": {1: 0.7, 3: 0.5}}, ["random", "sdtp", "teacher"]),
         ({"span": 2}, ["random", "sdtp", "teacher"]),
         ({"example": EXAMPLES[1]}, ["dense", "random", "sdtp", "teacher"]),
@@ -291,20 +280,17 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 )
 def test_rows_are_for_their_run(tmp_path, changed, again):
     """What a method's result depends on makes it another; what only others depend on does not."""
-    kinds = {"one": torch.float32, "bfloat16": torch.bfloat16, "other": torch.float32}
-    models = {name: tiny.build(dtype, **DEEP) for name, dtype in kinds.items()}
-    models["other"].layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    path = tmp_path / "new" / "rows.jsonl"
-
-    def run(model="one", ranker=0, schedule=SCHEDULE, span=1, example=EXAMPLES[0], **settings):
-        given = stages(schedule, span=span)
-        given[""][0][3].fc1.bias.data[0] += ranker
-        names = ["sdtp", "random", "teacher"]
-        perplexity(models[model], [example], names, given, rows=path, **settings)
-        return [json.loads(line)["method"] for line in path.read_text().splitlines()]
-
-    first = run()
-    assert sorted(run(**changed)[len(first) :]) == again
+    how = dict(dtype=torch.float32, weight=0, ranker=0, schedule=SCHEDULE, span=1, seed=0)
+    found, path = [], tmp_path / "new" / "rows.jsonl"
+    for run in (how, how | changed):
+        model = tiny.build(run["dtype"], **DEEP)
+        model.layers[1].mlp.up_proj.weight.data[0, 0] += run["weight"]
+        given = stages(run["schedule"], span=run["span"])
+        given[""][0][3].fc1.bias.data[0] += run["ranker"]
+        names, examples = ["sdtp", "random", "teacher"], [run.get("example", EXAMPLES[0])]
+        perplexity(model, examples, names, given, rows=path, seed=run["seed"])
+        found.append([json.loads(line)["method"] for line in path.read_text().splitlines()])
+    assert sorted(found[1][len(found[0]) :]) == again
 
 
 # ---------------------------------------------------------------------------- the command
