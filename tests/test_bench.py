@@ -234,27 +234,3 @@ def test_marking(run, monkeypatch):
     assert found == [("prefill", 100, 2, 1), ("labels", 100, 5, 2.5)]
     assert calls == [(36, [4, 7])] * 4  # warm-up, two repeats, memory
     assert rows[1]["peak_bytes"] > rows[0]["peak_bytes"] > 0
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--shape 11m", "--shape 11m: choose 10m"),
-        ("--shape 10m --ckpt c", "--shape and --ckpt"),
-        ("--layers 3", "--layers"),
-        ("--marking --batches 2", "--marking and --batches"),
-        ("--paper_table --seed 1", "--paper_table and --seed"),
-        ("--marking --shape 10m --lengths 70", "--lengths 70"),
-        ("--shape 10m --methods dense,teacher", "teacher"),
-        ("--shape 10m --methods dense,transformers+h2o", "transformers.h2o"),
-        ("--shape 10m --methods dense --keep 0.9", "--keep 0.9"),
-        ("--shape 10m --keep 1.5", "--keep 1.5"),
-        ("--shape 10m --new_tokens 1", "--new_tokens 1"),
-        ("--ckpt tiny --lengths 65", "--lengths 65"),
-        ("--ckpt tiny --lengths 20 --heads heads/none", "heads/none"),
-    ],
-)
-def test_refusals(flags, message, run, tiny_model):
-    """A flag that is wrong or without effect ends in one line that names it."""
-    with pytest.raises(SystemExit, match=message):
-        run(flags)

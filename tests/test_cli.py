@@ -20,21 +20,85 @@ from sdtp import PruneHead, save_heads
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = "train sample eval_tasks bench saliency eval_harness eval_longbench report".split()
-MISTAKES = {
-    "": "--prompt",
-    "--prompt a --ckpt gpt-17": "gpt-17: neither a folder nor one of smollm2-135m-q4",
-    "--prompt a --ckpt heads": "heads/config.json",
-    "--prompt a --ckpt cut": "cut/model.safetensors",
-    "--prompt a --dtype int8": "--dtype int8: choose auto, bfloat16",
-    "--prompt_file text.txt --dense": "the model's 64 positions",
-    "--prompt abc --temperature nan": "--temperature nan",
-    "--prompt abc --seed 3": "--seed",
-    "--prompt abc --chat": "no chat_template",
-    "--prompt a --heads heads/tiny,heads/a/heads": "one folder is needed",
-    "--prompt abc --keep 1.5": "--keep 1.5",
-    "--prompt abc --dense --keep 0.5": "--keep has no effect with --dense",
-    "--prompt abc --kv h2o --picture p.png": "--picture: not with --kv",
+MISTAKES = {  # a script with the flags that it needs, more flags: what the line says
+    "sample.py --ckpt tiny --prompt a": {
+        "--ckpt gpt-17": "gpt-17: neither a folder nor one of smollm2-135m-q4",
+        "--ckpt heads": "heads/config.json",
+        "--ckpt cut": "cut/model.safetensors",
+        "--dtype int8": "--dtype int8: choose auto, bfloat16",
+        "--prompt_file text.txt": "give --prompt TEXT or --prompt_file FILE",
+        "--temperature nan": "--temperature nan",
+        "--seed 3": "--seed",
+        "--chat": "no chat_template",
+        "--heads heads/tiny,heads/a/heads": "one folder is needed",
+        "--keep 1.5": "--keep 1.5",
+        "--dense --keep 0.5": "--keep has no effect with --dense",
+        "--kv h2o --picture p.png": "--picture: not with --kv",
+        "--max_new_tokens 63": "the model's 64 positions",
+    },
+    "train.py --ckpt tiny --data text.txt": {
+        "": "no prompts to train on",
+        "--shares 5:0.5": "layer 5",
+        "--teacher attention_entropy --over all": "--over has no effect with --teacher",
+        "--lm_weight 0 --distill": "--distill has no effect with --lm_weight 0",
+        "--max_prompt 80": "--max_prompt has no effect with --data",
+        "--mse_weight 0 --rank_weight 0 --over all": "--over has no effect with no label",
+        "--lm_weight 0 --mse_weight 0 --rank_weight 0": "are all 0",
+        "--shares 1:0.7 --stages 9": "--stages has no effect with --shares",
+        "--resume": "config.json does not exist",
+        "--ratio 0": "--ratio 0.0",
+        "--lr nan": "--lr nan",
+        "--teacher x": "--teacher x: choose ",
+        "--epochs 0": "--epochs 0",
+        **{f"--shares {s}": f"--shares {s}: " for s in "1 1:0.7, 1:a 1:0.7,1:0.6 1:0".split()},
+    },
+    "eval_tasks.py --ckpt tiny": {
+        "": "give --text FILE",
+        "--text text.txt --data d.jsonl": "give --text FILE",
+        "--text text.txt --needles 100": "beyond the model's 64 positions",
+        "--text text.txt --prompt_len 5000": "text.txt: no prompt so long",
+        "--text text.txt --needles 9 --figure f.png": "--figure f.png has no effect here",
+        "--data d.jsonl --prompt_len 9": "--prompt_len 9 has no effect here",
+        "--text text.txt --methods dense --keep 0.9": "--keep 0.9 has no effect here",
+        "--text text.txt --methods sdtp --seed 1": "--seed 1 has no effect here",
+    },
+    "eval_harness.py --data_dir . --methods dense": {
+        "--tasks copa": "--tasks copa: --data_dir has boolq and piqa",
+        "--data_dir nowhere": "nowhere/boolq_val.jsonl does not exist",
+        "--tasks piqa": "piqa_valid.jsonl does not hold the rows of piqa",
+        "--methods teacher": "ranks by the loss of one response",
+        "--keep 0.9": "--keep 0.9",
+    },
+    "eval_longbench.py --data . --methods most_recent": {
+        "--datasets trec,hotpot": "unknown dataset 'hotpot'",
+        "--methods teacher": "teacher ranks by the loss",
+        "--datasets lcc": "lcc.jsonl does not exist",
+        "--limit -1": "--limit -1",
+        "--keep nan": "--keep nan",
+        "--methods dense --keep 0.5": "--keep 0.5",
+        "--seed 3": "--seed 3",
+    },
+    "bench.py": {
+        "--shape 11m": "--shape 11m: choose 10m",
+        "--shape 10m --ckpt c": "--shape and --ckpt",
+        "--layers 3": "--layers",
+        "--marking --batches 2": "--marking and --batches",
+        "--paper_table --seed 1": "--paper_table and --seed",
+        "--marking --shape 10m --lengths 70": "--lengths 70",
+        "--shape 10m --methods dense,teacher": "teacher",
+        "--shape 10m --methods dense,transformers+h2o": "transformers+h2o",
+        "--shape 10m --methods dense --keep 0.9": "--keep 0.9",
+        "--shape 10m --keep 1.5": "--keep 1.5",
+        "--shape 10m --new_tokens 1": "--new_tokens 1",
+        "--ckpt tiny --lengths 65": "--lengths 65",
+        "--ckpt tiny --lengths 20 --heads heads/none": "heads/none",
+    },
+    "report.py --ckpt tiny": {
+        "--lengths=": "nothing to measure: give",
+        "--max_length 9": "--max_length has no effect",
+    },
 }
+COMMANDS = [(f"{b} {flags}", says) for b, more in MISTAKES.items() for flags, says in more.items()]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +112,8 @@ def world(tmp_path_factory):
         save_heads(folder / "heads" / name, {2: PruneHead(32)}, model, {2: 0.5}, 4)
     (folder / "cut/model.safetensors").write_bytes(b"no weights")
     (folder / "text.txt").write_text("some words and more words. " * 40)
+    (folder / "piqa_valid.jsonl").write_text("{}")
+    (folder / "piqa_valid-labels.lst").write_text("1")
     return folder
 
 
@@ -65,11 +131,12 @@ def run(world, monkeypatch):
     return script
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes(run, flags):
-    """One line, which the interpreter prints; other scripts' mistakes are in their own tests."""
-    error = run(f"sample.py --ckpt tiny {flags}")
-    assert error.startswith("sample.py: ") and "\n" not in error and MISTAKES[flags] in error
+@pytest.mark.parametrize("command, says", COMMANDS)
+def test_mistakes(run, world, command, says):
+    """One line, which the interpreter prints, and nothing is written."""
+    error = run(command)
+    assert error.startswith(command.split()[0]) and "\n" not in error and says in error
+    assert not (world / "out").exists() and not (world / "results").exists()
 
 
 def test_from_outside():

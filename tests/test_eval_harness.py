@@ -185,26 +185,6 @@ def test_script_goes_on(tmp_path, monkeypatch):
     assert after[:12] == whole[:12] and len(cli.Results(path)) == len(after) == 2 * 5 * 3
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--tasks copa --data_dir .", "--tasks copa: --data_dir has boolq and piqa"),
-        ("--data_dir nowhere", "nowhere/boolq_val.jsonl does not exist"),
-        ("--tasks piqa --data_dir .", "piqa_valid.jsonl does not hold the rows of piqa"),
-        ("--data_dir . --methods teacher", "ranks by the loss of one response"),
-        ("--data_dir . --keep 0.9", "--keep 0.9"),
-    ],
-)
-def test_script_mistakes(tmp_path, monkeypatch, flags, message):
-    """A user's mistake ends in one line that names it."""
-    write_rows(tmp_path, 3)
-    (tmp_path / "piqa_valid-labels.lst").write_text("1\n0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval_harness.py", "--methods", "dense", *flags.split()])
-    with pytest.raises(SystemExit, match=message):
-        cli.run(eval_harness.main)
-
-
 def test_tasks_of_the_hub(monkeypatch):
     """One that lm-eval does not know, or whose answers are generated, is refused by name."""
     found = {"gsm8k": {"tasks": {"gsm8k": SimpleNamespace(OUTPUT_TYPE="generate_until")}}}

@@ -340,33 +340,13 @@ def test_sets_weigh_alike():
     assert 2 <= row["low"] < 2.8 and 3.2 < row["high"] <= 4
 
 
-# ---------------------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--datasets trec,hotpot", "unknown dataset 'hotpot'"),
-        ("--methods teacher", "teacher"),
-        ("--datasets lcc", "lcc.jsonl does not exist"),
-        ("--limit -1", "--limit -1"),
-        ("--max_length 1076", "--max_length 1076: .* leave 2 to 1075"),  # 1100 - 16 - 8 - 1
-        ("--keep nan", "--keep nan"),
-        ("--methods dense --keep 0.5", "--keep 0.5"),
-        ("--seed 3", "--seed 3"),
-    ],
-)
-def test_mistakes(place, tmp_path, monkeypatch, flags, message):
-    with pytest.raises((ValueError, OSError), match=message) as error:
-        run(place, monkeypatch, tmp_path / "out", "--methods", "most_recent", *flags.split())
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
 def test_few_positions_and_a_repetition_penalty(place, tmp_path, monkeypatch, capsys):
     """256 positions are enough for short prompts; what is not applied is named."""
     folder = tiny.checkpoint(tmp_path / "tiny", max_position_embeddings=256)
     (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
-    flags = ["--ckpt", folder, "--max_length", 100, "--methods", "dense"]
-    rows = run(place, monkeypatch, tmp_path / "out", *flags)
+    flags = ["--ckpt", folder, "--methods", "dense", "--max_length"]
+    rows = run(place, monkeypatch, tmp_path / "out", *flags, 100)
     assert rows[0]["prompt_tokens"] <= 100 and len(predictions(tmp_path / "out")) == 2
     assert "repetition_penalty 1.5 is not applied" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max_length 232: .* leave 2 to 231"):  # 256 - 16 - 8 - 1
+        run(place, monkeypatch, tmp_path / "none", *flags, 232)

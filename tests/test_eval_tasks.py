@@ -365,28 +365,6 @@ def test_script_needles(place, monkeypatch, capsys):
     assert capsys.readouterr().out.count("dense finds fewer than half") == 2
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("", "give --text FILE"),
-        ("--text t.txt --data d.jsonl", "give --text FILE"),
-        ("--text t.txt --needles 690 --limit 1", "beyond the model's 700 positions"),
-        ("--text t.txt --prompt_len 5000", "t.txt: no prompt so long"),
-        ("--text t.txt --needles 100 --figure f.png", "--figure f.png has no effect here"),
-        ("--data d.jsonl --prompt_len 9", "--prompt_len 9 has no effect here"),
-        ("--text t.txt --methods dense --keep 0.9", "--keep 0.9 has no effect here"),
-        ("--text t.txt --methods sdtp --seed 1", "--seed 1 has no effect here"),
-        (WINDOWS + " --heads late --keep 0.5 --methods sdtp", "--keep 0.5: stages at layers .5."),
-    ],
-)
-def test_script_mistakes(place, monkeypatch, flags, message):
-    """A user's mistake ends in one line that names it, before anything is run."""
-    monkeypatch.delattr(eval_tasks, "fingerprint")  # which is asked for just before
-    with pytest.raises(SystemExit, match=message) as error:
-        script(monkeypatch, flags)
-    assert "\n" not in str(error.value)
-
-
 @tiny.on_cuda
 def test_cuda_equals_cpu():
     """Every method's loss and tokens alive on CUDA are those on the CPU; random draws anew."""

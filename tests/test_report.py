@@ -124,13 +124,6 @@ def test_other_flags_and_heads(world, run):
     assert run(broken="text")[0] == NAMES and run() == (["text"], None)
 
 
-def test_refusals(world, run):
-    """Nothing to do, or a flag that no part takes."""
-    none = "--lengths=", "--text=", "--tasks=", "--longbench="
-    assert "report.py: nothing to measure: give" in run(*none)[1]
-    assert "--max_length has no effect" in run("--longbench=", "--max_length", "9")[1]
-
-
 def test_scripts_understand_the_flags():
     """Each part's flags, all of them given, are those of its script."""
     flags = f"{FLAGS} --data d --max_length 7 --tasks_dir x"

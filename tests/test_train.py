@@ -436,33 +436,6 @@ def test_a_loss_that_is_not_finite(world, monkeypatch):
     assert not (world / "nan" / "heads").exists()
 
 
-REFUSED = [
-    ("--shares 3:0.5", "layer 3"),
-    ("--teacher attention_entropy --over all", "--over has no effect with --teacher"),
-    ("--lm_weight 0 --distill", "--distill has no effect with --lm_weight 0"),
-    ("--data pydoc,x.txt --max_prompt 80", "--max_prompt has no effect with --data"),
-    ("--resume", "config.json does not exist"),
-    ("--ratio 0", "--ratio 0.0"),
-    ("--teacher x", "--teacher x: choose "),
-    ("--epochs 0", "--epochs 0"),
-    ("--lm_weight 0 --mse_weight 0 --rank_weight 0", "are all 0"),
-    ("--mse_weight 0 --rank_weight 0 --teacher grad_norm", "--teacher has no effect with no label"),
-    (f"{STAGES} --max_prompt 64", "no prompts to train on"),
-]
-for shares in ("1", "1:0.7,", "1:a", "x:0.7", "1:0.7,1:0.6", "1:0.7:1", "1:0"):
-    REFUSED.append((f"--shares {shares}", f"--shares {shares}: "))
-for flag in ("first_layer 4", "step 3", "stages 10", "ratio 0.9"):
-    REFUSED.append((f"--shares 1:0.7 --{flag}", "no effect with --shares"))
-
-
-@pytest.mark.parametrize("flags, error", REFUSED)
-def test_flags_that_are_refused(world, monkeypatch, flags, error):
-    """In one line, and nothing is written."""
-    with pytest.raises(SystemExit, match=error):
-        run(world, "refused", monkeypatch, flags)
-    assert not (world / "refused").exists()
-
-
 @tiny.on_cuda
 def test_cuda_equals_cpu():
     """A step's loss and gradients on CUDA are the CPU's."""
