@@ -234,7 +234,6 @@ def test_sources_in_turn(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("source", ["pydoc,nope", "missing.txt", "missing.jsonl"])
 def test_bad_sources(tokenizer, source):
-    """A source that is none, or a missing file, is named."""
     message = f"^({source} does not exist|--data nope: choose pydoc, made,)"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data.load(source, tokenizer)

@@ -139,7 +139,6 @@ def test_local_tasks_are_the_harness_own(tmp_path, both):
 
 
 def test_rows_by_hand(tmp_path, both, monkeypatch):
-    """Every figure follows from the answers of each choice."""
 
     def contrary(model, example, method):
         """Dense says no; pruned, the other choice: no method has dense's score by chance."""

@@ -227,7 +227,6 @@ def test_predictions_in_the_official_layout(place, whole):
 
 
 def test_rows_by_hand(whole):
-    """Scores, differences and compute of the sets and of all, from the predictions."""
     names, found = [*DATASETS, "all"], predictions(whole[0])
     assert [(r["set"], r["method"]) for r in whole[1]] == [(s, m) for s in names for m in METHODS]
     for row in whole[1]:

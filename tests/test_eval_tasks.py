@@ -166,7 +166,6 @@ def test_folders():
 
 
 def test_teacher_ranks_by_the_response():
-    """Of each prompt by saliency.label() of it and its response, at the stages."""
     model, schedule, nats = tiny.build(), {1: 0.5, 2: 0.3}, 0
     for example in EXAMPLES:
         ids, n = torch.tensor(example.prompt + example.response), len(example.prompt)
@@ -181,7 +180,6 @@ def test_teacher_ranks_by_the_response():
 
 
 def test_rows_by_hand():
-    """Every number of every row follows from the results of the single prompts."""
     how = tiny.build(**DEEP), EXAMPLES, ["sdtp", "dense", "most_recent"], stages()
     rows = by_name(perplexity(*how))
     found = eval_tasks.evaluate(eval_tasks.response_nats, "test", *how)
@@ -211,7 +209,6 @@ def test_rows_by_hand():
 
 
 def test_speedup_is_the_median_of_the_prompts(monkeypatch):
-    """Of dense's seconds over the method's, prompt by prompt; a run before that does not count."""
     ticks = iter([0, 8, 0, 4, 0, 9, 0, 3, 0, 6, 0, 6])
     monkeypatch.setattr(cli, "clock", lambda model: next(ticks))
     rows = perplexity(tiny.build(**DEEP), EXAMPLES, ["most_recent"], stages())

@@ -17,7 +17,6 @@ N = 1000
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 def test_pairs_equal_a_loop(window):
-    """(query, key) pairs of what is alive, windows by original position."""
     positions = torch.tensor([0, 1, 2, 3, 6, 7, 12, 13, 14, 20])
     for alive, given in ((positions, positions), (range(13), 13)):
         seen = [0 <= int(i - j) < (window or 10**9) for i in alive for j in alive]
@@ -71,8 +70,7 @@ def test_at_keep(keep):
 
 
 def test_floors_move():
-    """A share of 0 stays while what is spent before it fits; else it goes on, up to none; a budget
-    that cannot be spent drops nothing; its own budget changes nothing."""
+    """A share of 0 stays while what is spent before it fits; else it goes on, up to none."""
     floor = {24: 0.0, 4: 0.8}  # in any order
     dense = schedule_flops(CONFIG, {}, N)
     for share, layer in ((0.6, 24), (0.8, 24), (0.86, 26), (0.9, 27), (0.96, 29), (0.998, 30)):

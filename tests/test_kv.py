@@ -72,8 +72,7 @@ def kept_by_loop(kind, q, k, positions, count):
 @each_method
 @pytest.mark.parametrize("kind, keep", COUNTS)
 def test_kept_equals_a_loop(kv_heads, kind, keep, method):
-    """Each layer and key head of a ragged batch holds what a loop over its whole map keeps; the
-    logits are those without compression: what goes was still attended to."""
+    """Each layer and key head of a ragged batch holds what a loop keeps; all was attended to."""
     model, ids, cache = tiny.build(num_key_value_heads=kv_heads), packed(LENS), KVCache(3)
     logits = compressed(method, kind, keep)(model, ids, LENS, cache)
     assert torch.equal(logits, method(model, ids, LENS, KVCache(3)))
@@ -140,7 +139,6 @@ def test_decoding_after_compression(kv_heads, kind, method):
 
 @each_kind
 def test_ties_go_to_the_later(kind):
-    """Of tokens with equal attention the later stay."""
     q, k = torch.zeros(50, 4, 8), torch.zeros(50, 2, 8)
     rows = select(kind, q, k, torch.arange(50), 40).T.tolist()
     # what a query pays to each of those before it is the same, but earlier tokens have more queries
@@ -148,8 +146,7 @@ def test_ties_go_to_the_later(kind):
 
 
 def test_same_memory():
-    """On top of pruning the same keep is the same memory, but where pruning leaves less; what the
-    scores cost is in extra_flops."""
+    """On top of pruning the same keep is the same memory, but where pruning leaves less."""
     stages, q = {1: 0.5, 2: 0.25}, 2 * 4 * 8
     for method, counts in ((dense, [20, 20, 20]), (pruned(heads_of(stages), stages), [20, 20, 13])):
         cache = KVCache(3, extra=6)

@@ -103,7 +103,6 @@ def test_must_recompute(monkeypatch):
 
 
 def test_what_cannot_be_labelled():
-    """Another teacher, another loss, and nothing to predict are named."""
     wrong = [("'magic'", 3, "magic", "all"), ("'prompt'", 3, "grad_norm", "prompt")]
     wrong += [("no token to predict", 5, "grad_norm", "response")]
     for error, n, teacher, over in wrong:

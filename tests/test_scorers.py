@@ -65,8 +65,7 @@ def loop_attention(block, x, positions, window):
 @each_model
 @pytest.mark.parametrize("name, w, pool", [("lazyllm", 1, 1), ("fastkv", 8, 7), ("", 3, 3)])
 def test_attention_of_what_is_alive(fields, name, w, pool):
-    """Packed prompts that lost tokens as one at a time, windows by original position: attention of
-    the last w tokens, and of all."""
+    """Packed prompts that lost tokens as one at a time, windows by original position."""
     block, (x, positions, lens) = tiny.build(**fields).layers[1], some_rows()
     scorer = scorers.SCORERS.get(name) or scorers.last_attention(w, pool)
     got = scorer(x, positions, lens, block).split(lens)
@@ -135,8 +134,7 @@ def test_ends(name, first):
 
 
 def test_scores_of_each_prompt():
-    """Random ones by each prompt's generator, alone or packed, new at every stage; given ones
-    follow their tokens after others were dropped."""
+    """Random ones by each prompt's generator, new at every stage; given ones by position."""
     seeded = [torch.Generator().manual_seed(seed) for seed in (3, 4, 4)]
     both, x = scorers.random(*seeded[:2]), torch.zeros(9, 8)
     first = both(x, None, [5, 4], None)

@@ -111,8 +111,7 @@ def test_paper_schedule():
 
 
 def test_select_by_hand():
-    """Of equal scores the later stays; protected tokens do whatever they score; NaN is the lowest;
-    spans stay whole, but for the last, whose later tokens fill the count."""
+    """Of equal scores the later stays; the protected do; NaN is the lowest; spans stay whole."""
     scores = torch.tensor([math.nan] * 4 + [math.nan] * 5 + [1.0] * 2 + [-5.0] * 9)
     keep, kept = select(scores, torch.arange(20), 0.5, [20], [20])
     assert keep.tolist() == [0, 1, 2, 3, 9, 10, 16, 17, 18, 19] and kept == [10]
@@ -160,8 +159,7 @@ def test_head_is_eq_1():
 @each_model
 @each_schedule
 def test_pruning_equals_masking(fields, schedule, span):
-    """Prefill and decoding of a ragged batch and of single prompts, some of 1 to 5 tokens: logits,
-    keys and values where nothing is removed; decoding goes on from the true position."""
+    """Prefill and decoding of a ragged batch and of single prompts: logits, keys and values."""
     model, lens = tiny.build(**fields), [40, 1, 5, 2, 50, 4, 3]
     heads, whole = heads_of(schedule), [tiny.ids(n + 9, n) for n in lens]
     expected = [masked(model, ids, n, heads, schedule, span) for ids, n in zip(whole, lens)]
@@ -231,7 +229,6 @@ def test_refused_schedules(schedule, heads, named):
 
 
 def test_refused_prompts():
-    """Beyond the model's positions, empty, or with a cache in use."""
     model, cache = tiny.build(), KVCache(3)
     with pytest.raises(ValueError, match="65 tokens .* 64 positions"):
         prefill(model, tiny.ids(65))
@@ -246,7 +243,6 @@ def test_refused_prompts():
 @each_model
 @pytest.mark.parametrize("schedule, span", [({}, 1), (STAGES, 1), (STAGES, 16)])
 def test_generate_greedy(fields, schedule, span):
-    """A ragged batch and single prompts, dense and pruned, as an argmax loop without a cache."""
     model, lens, expected = tiny.build(**fields), [30, 5, 17], []
     heads = heads_of(schedule)
     for prompt in map(tiny.ids, lens):
@@ -262,8 +258,7 @@ def test_generate_greedy(fields, schedule, span):
 
 
 def test_generate_stops():
-    """By and with the first end-of-sequence token of each, not before min_new_tokens; on_token gets
-    every step; the cache is the caller's."""
+    """By and with the first end-of-sequence token of each, not before min_new_tokens."""
     model, lens, steps = tiny.build(), [20, 11], []
     ids = torch.cat([tiny.ids(n) for n in lens])
     free = generate(model, ids, 10, seqlens=lens)
@@ -402,7 +397,6 @@ def write(name, content):
     ],
 )
 def test_damaged_heads(spoil, named, saved):
-    """A missing, damaged or inconsistent file is one line that names the folder."""
     model, _, _, folder = saved
     spoil(folder / "heads")
     with pytest.raises((ValueError, FileNotFoundError)) as caught:

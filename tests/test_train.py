@@ -253,8 +253,7 @@ def test_rank_loss(monkeypatch):
 
 
 def test_losses_equal_loops(monkeypatch):
-    """L_lm with KL(dense || pruned), L_mse, L_rank and eq. 8; heads see the prompt alone, losses no
-    protected token."""
+    """L_lm with KL(dense || pruned), L_mse, L_rank, eq. 8; no protected token is in a loss."""
     model, heads, schedule, one = tiny.build(), make_heads(1, 2), {1: 0.8, 2: 0.5}, example()
     labels, seen = make_labels(heads), spy(monkeypatch, model, "logits")
     calls = {layer: spy(monkeypatch, head, "logits") for layer, head in heads.items()}
@@ -289,7 +288,6 @@ def read_log(out):
 
 
 def test_heads_learn_and_the_model_stays(tmp_path):
-    """Training changes all of the heads, which learn to rank, and nothing of the model."""
     model, heads = tiny.build(torch.float32), make_heads(1, 2)
     modules = torch.nn.ModuleList([model, *heads.values()])
     before = {name: p.detach().clone() for name, p in modules.named_parameters()}
@@ -438,7 +436,6 @@ def test_a_loss_that_is_not_finite(world, monkeypatch):
 
 @tiny.on_cuda
 def test_cuda_equals_cpu():
-    """A step's loss and gradients on CUDA are the CPU's."""
     model, heads, found = tiny.build(torch.float32), make_heads(1, 2), []
     for device in ("cpu", "cuda"):
         modules = torch.nn.ModuleList([model, *heads.values()]).to(device)
