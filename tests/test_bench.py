@@ -6,13 +6,14 @@ import sys
 import pytest
 import tiny
 import torch
+from test_sdtp import checkpoint_with_heads
 
 import bench
 import cli
 import flops
-from bench import SHAPES, cpu_peak_bytes, interleaved, random_model, shape_fields, work
+from bench import SHAPES, cpu_peak_bytes, interleaved, shape_fields, work
 from model import Config, Transformer
-from sdtp import PruneHead, dense, generate, prefill, pruned, save_heads
+from sdtp import PruneHead, dense, generate, prefill, pruned
 
 QUICK = "--new_tokens 3 --repeats 1 --dtype float32 --device cpu"
 
@@ -32,14 +33,8 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_model(tmp_path):
-    """A checkpoint of 8 layers, tmp_path/tiny, and heads for it at layers 2 and 5, heads/tiny."""
-    tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=8)
-    model = Transformer.from_pretrained(tmp_path / "tiny", torch.float32)
-    schedule = {2: 0.8, 5: 0.5}
-    heads = {layer: PruneHead(32) for layer in schedule}
-    for name in ("tiny", "other"):
-        save_heads(tmp_path / "heads" / name, heads, model, schedule)
-    return model
+    folders = dict.fromkeys(("heads/tiny", "heads/other"), {2: 0.8, 5: 0.5})
+    return checkpoint_with_heads(tmp_path, folders, num_hidden_layers=8)
 
 
 # ---------------------------------------------------------------------------- FLOPs
@@ -142,15 +137,6 @@ def test_shapes(name):
     with torch.device("meta"):
         count = sum(p.numel() for p in Transformer(config).parameters())
     assert count / 1e6 == pytest.approx(PUBLISHED[name], rel=2e-3) and config.window(0) is None
-
-
-def test_random_model():
-    """The layers, positions and dtype asked for; weights of deviation 0.02, norms of 1."""
-    model = random_model(shape_fields("10m", 2, 50), torch.bfloat16)
-    assert len(model.layers) == 2 and model.config.max_position_embeddings == 50
-    weight = model.layers[1].mlp.up_proj.weight
-    assert weight.dtype == torch.bfloat16 and not weight.requires_grad
-    assert weight.float().std() == pytest.approx(0.02, rel=0.02) and (model.norm.weight == 1).all()
 
 
 def test_transformers_generate(tmp_path):

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-import torch
+from test_sdtp import checkpoint_with_heads
 
 import cli
 from model import Transformer
-from sdtp import PruneHead, save_heads
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = "train sample eval_tasks bench saliency eval_harness eval_longbench report".split()
@@ -105,11 +104,10 @@ COMMANDS = [(f"{b} {flags}", says) for b, more in MISTAKES.items() for flags, sa
 def world(tmp_path_factory):
     """A folder with checkpoints, whole and damaged, heads of them, and a text."""
     folder = tmp_path_factory.mktemp("cli")
-    for name, layers in {"tiny": 5, "cut": 5, "bare": 5, "flat": 3}.items():
+    for name, layers in {"cut": 5, "bare": 5, "flat": 3}.items():
         tiny.checkpoint(folder / name, num_hidden_layers=layers)
-    model = Transformer.from_pretrained(folder / "tiny", torch.float32)
-    for name in ("tiny", "a/heads", "b/heads"):
-        save_heads(folder / "heads" / name, {2: PruneHead(32)}, model, {2: 0.5}, 4)
+    folders = dict.fromkeys(("heads/tiny", "heads/a/heads", "heads/b/heads"), {2: 0.5})
+    checkpoint_with_heads(folder, folders, span=4, num_hidden_layers=5)
     (folder / "cut/model.safetensors").write_bytes(b"no weights")
     (folder / "text.txt").write_text("some words and more words. " * 40)
     (folder / "piqa_valid.jsonl").write_text("{}")

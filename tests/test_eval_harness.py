@@ -11,6 +11,7 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from test_sdtp import checkpoint_with_heads, heads_of
 
 import cli
 import eval_harness
@@ -19,7 +20,7 @@ from eval_harness import HarnessLM, load_tasks, local_rows, samples, score_choic
 from kv import compressed
 from model import KVCache, Transformer
 from scorers import method as made
-from sdtp import PruneHead, dense, pruned, save_heads
+from sdtp import dense, pruned
 from tokenizer import Tokenizer
 
 SCHEDULE = {1: 0.7, 2: 0.45}
@@ -34,11 +35,6 @@ QUESTIONS = [  # context, continuation
     (LONG, " abc"),
     (LONG, "f"),
 ]
-
-
-def heads():
-    torch.manual_seed(0)
-    return {layer: PruneHead(32) for layer in SCHEDULE}
 
 
 def ask(kind, pairs):
@@ -68,8 +64,8 @@ def test_dense_is_the_harness_hf_model(both):
 
 METHODS = {
     "dense": dense,
-    "sdtp": pruned(heads(), SCHEDULE),
-    "sdtp+h2o": compressed(pruned(heads(), SCHEDULE), "h2o", 0.3),
+    "sdtp": pruned(heads_of(SCHEDULE), SCHEDULE),
+    "sdtp+h2o": compressed(pruned(heads_of(SCHEDULE), SCHEDULE), "h2o", 0.3),
     "gemfilter": made("gemfilter", {0: 0.5}),
 }
 
@@ -148,7 +144,7 @@ def test_rows_by_hand(tmp_path, both, monkeypatch):
 
     monkeypatch.setattr(eval_harness, "score_choices", contrary)
     task = load_tasks(["boolq"], write_rows(tmp_path))["boolq"]
-    lm = HarnessLM(*both[:2], ["sdtp", "most_recent"], {"": (heads(), SCHEDULE, 1)})
+    lm = HarnessLM(*both[:2], ["sdtp", "most_recent"], {"": (heads_of(SCHEDULE), SCHEDULE, 1)})
     rows = task_rows("boolq", task, lm, limit=7)
     assert [r["method"] for r in rows] == ["dense", "sdtp", "most_recent"]
     n = len(both[1].encode("p0.\nQuestion: is 0 a?\nAnswer:"))
@@ -162,11 +158,11 @@ def test_rows_by_hand(tmp_path, both, monkeypatch):
 
 def test_script_goes_on(tmp_path, monkeypatch):
     """A run killed in the middle goes on: every result once, the same scores."""
-    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5, max_position_embeddings=128)
-    model = Transformer.from_pretrained(folder, torch.float32)
-    save_heads(tmp_path / "heads", heads(), model, SCHEDULE)
-    flags = f"--ckpt {folder} --heads {tmp_path}/heads --data_dir {write_rows(tmp_path)} --limit 5"
-    flags += f" --methods sdtp,random --keep 0.9 --num_fewshot 2 --json {tmp_path}/r.json"
+    sizes = dict(num_hidden_layers=5, max_position_embeddings=128)
+    checkpoint_with_heads(tmp_path, {"heads/tiny": SCHEDULE}, **sizes)
+    monkeypatch.chdir(write_rows(tmp_path))
+    flags = "--ckpt tiny --data_dir . --limit 5 --methods sdtp,random --keep 0.9"
+    flags += f" --num_fewshot 2 --json {tmp_path}/r.json"
     path = tmp_path / "rows.jsonl"
 
     def run():

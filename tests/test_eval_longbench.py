@@ -11,13 +11,14 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from test_sdtp import checkpoint_with_heads
 
 import eval_longbench as longbench
 import eval_tasks
 from eval_longbench import PROMPTS, SETS, prompt_ids, read_rows, score
 from flops import alive_per_layer
 from model import Transformer
-from sdtp import PruneHead, dense, generate, save_heads
+from sdtp import dense, generate
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- metrics
@@ -161,10 +162,7 @@ def place(tmp_path_factory):
     """A checkpoint, two folders of heads for it, and rows of two sets as the benchmark has them."""
     folder = tmp_path_factory.mktemp("longbench")
     sizes = dict(num_hidden_layers=LAYERS, max_position_embeddings=LIMIT)
-    model = Transformer.from_pretrained(tiny.checkpoint(folder / "tiny", **sizes), torch.float32)
-    torch.manual_seed(0)
-    save_heads(folder / "heads", {2: PruneHead(32)}, model, {2: 0.5})
-    save_heads(folder / "all", {2: PruneHead(32)}, model, {2: 1.0})
+    checkpoint_with_heads(folder, {"heads": {2: 0.5}, "all": {2: 1.0}}, **sizes)
     draw = random.Random(1)
     for dataset in DATASETS:
         rows, more = [], {"answers": ["w", "z"], "all_classes": list("bkzw.")}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_sdtp import masked
+from test_sdtp import checkpoint_with_heads, masked
 
 import cli
 import data
@@ -20,9 +20,9 @@ from cli import Results
 from data import Example
 from eval_tasks import MORE_TOKENS, needles, perplexity, plans, score_response
 from flops import alive_per_layer, at_keep, executed_flops
-from model import KVCache, Transformer
+from model import KVCache
 from scorers import filter_flops
-from sdtp import PruneHead, pruned, save_heads
+from sdtp import PruneHead, pruned
 from tokenizer import Tokenizer
 
 SIZES = ((30, 6), (41, 1), (24, 9))  # tokens of a prompt and of its response
@@ -297,10 +297,7 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
 def place(tmp_path, monkeypatch):
     """A folder with a checkpoint, heads for it, a text and rows; the working folder."""
     fields = {"num_hidden_layers": 6, "max_position_embeddings": 700}
-    folder = tiny.checkpoint(tmp_path / "tiny", **fields)
-    model = Transformer.from_pretrained(folder, torch.float32)
-    save_heads(tmp_path / "heads" / "tiny", heads(), model, SCHEDULE)
-    save_heads(tmp_path / "late", {5: PruneHead(32)}, model, {5: 0.9})
+    checkpoint_with_heads(tmp_path, {"heads/tiny": SCHEDULE, "late": {5: 0.9}}, **fields)
     (tmp_path / "t.txt").write_text("".join(chr(ord("a") + i) * 50 for i in range(20)))
     row = {"instruction": "what?", "response": "yes"}
     contexts = [f"{i} " + "x" * (7 * i % 600) for i in range(200)]

@@ -11,11 +11,10 @@ import pytest
 import tiny
 import torch
 from test_cli import config_class
+from test_sdtp import checkpoint_with_heads
 
 import cli
 import report
-from model import Transformer
-from sdtp import PruneHead, save_heads
 
 ORIGIN = {"command": "python x.py", "commit": "c0ffee", "machine": "m", "versions": "v"}
 COST = {"method": "sdtp", "mean_alive": 0.5, "compression": 2.0, "flops_share": 0.4, "dtype": "f"}
@@ -33,9 +32,8 @@ NAMES = ["speed", "tasks", "text", "longbench"]
 def world(tmp_path, monkeypatch):
     """A folder with a tiny checkpoint, heads for it and a text."""
     monkeypatch.chdir(tmp_path)
-    tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=2048)
-    model = Transformer.from_pretrained("tiny", torch.float32)
-    save_heads("own", {2: PruneHead(32), 4: PruneHead(32)}, model, {2: 0.7, 4: 0.3})
+    sizes = dict(num_hidden_layers=6, max_position_embeddings=2048)
+    checkpoint_with_heads(tmp_path, {"own": {2: 0.7, 4: 0.3}}, **sizes)
     words = torch.randint(40, (20_000,), generator=torch.Generator().manual_seed(1)).tolist()
     (tmp_path / "text.txt").write_text("".join(tiny.ALPHABET[3 + word] for word in words))
     return tmp_path

@@ -7,29 +7,25 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from test_sdtp import checkpoint_with_heads
 from transformers import LlamaForCausalLM as Reference
 
 import cli
 import flops
 import sample
 from model import Transformer
-from sdtp import PruneHead, load_heads, prefill, save_heads
+from sdtp import load_heads, prefill
 from tokenizer import Tokenizer
 
 PROMPT = "hello there, how are you today?"
 N = len(PROMPT) + 1  # with <s>: 32 tokens, the protected are 4 and 3
-STAGES = {"tiny": {2: 0.5, 4: 0.3}, "few": {2: 0.2}}
+STAGES = {"heads/tiny": {2: 0.5, 4: 0.3}, "heads/few": {2: 0.2}}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
-    tiny.checkpoint(folder / "tiny", num_hidden_layers=6)
-    model = Transformer.from_pretrained(folder / "tiny", torch.float32)
-    torch.manual_seed(0)
-    for name, schedule in STAGES.items():
-        heads = {layer: PruneHead(32) for layer in schedule}
-        save_heads(folder / "heads" / name, heads, model, schedule)
+    checkpoint_with_heads(folder, STAGES, num_hidden_layers=6)
     return folder
 
 
@@ -75,7 +71,7 @@ def test_kv(run):
 def test_keep(run, world):
     """--keep is the compute of the paper's stages at this prompt's length; a floor says so."""
     config = Transformer.from_pretrained(world / "tiny").config
-    counts = flops.alive_per_layer(flops.at_keep(config, STAGES["tiny"], 0.45, N), N, 6)
+    counts = flops.alive_per_layer(flops.at_keep(config, STAGES["heads/tiny"], 0.45, N), N, 6)
     assert run("--keep 0.45")[1][0]["alive"] == " ".join(map(str, counts)) == "32 32 25 25 21 21"
     out, rows = run("--heads heads/few")
     assert rows[0]["alive"] == "32 32 7 7 7 7" and "7 (at the end the protected alone)" in out

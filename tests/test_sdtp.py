@@ -39,6 +39,15 @@ def heads_of(schedule):
     return {layer: PruneHead(32) for layer, share in schedule.items() if share}
 
 
+def checkpoint_with_heads(folder, schedules, span=1, **fields):
+    """tiny.checkpoint() FOLDER/tiny and heads for it, {folder of heads: schedule}; the model."""
+    tiny.checkpoint(folder / "tiny", **fields)
+    model = Transformer.from_pretrained(folder / "tiny", torch.float32)
+    for name, schedule in schedules.items():
+        save_heads(folder / name, heads_of(schedule), model, schedule, span)
+    return model
+
+
 def kept_by_sort(scores, n, share, span=1):
     """Positions kept of {position: score} in a prompt of n tokens, ascending: a plain sort."""
     last = max(1, int(n * 0.1 + 0.5))
