@@ -37,9 +37,6 @@ def tiny_model(tmp_path):
     return checkpoint_with_heads(tmp_path, folders, num_hidden_layers=8)
 
 
-# ---------------------------------------------------------------------------- FLOPs
-
-
 def test_paper_table(run, capsys):
     """The paper's 12 figures within 0.01 % (dense) and 2.5 % (pruned); no checkpoint is read."""
     rows = run("--paper_table")
@@ -68,9 +65,6 @@ def test_work(window, size):
     assert row["kv_bytes"] == size * 110 * 2 * 2 * 8 * 4  # k, v, 2 heads of 8, float32
 
 
-# ---------------------------------------------------------------------------- memory and time
-
-
 def test_cpu_peak_bytes():
     """What is freed leaves, what was there before does not count, temporaries do."""
     before = [torch.empty(3_000_000)]
@@ -95,16 +89,15 @@ def test_interleaved():
 
 
 def test_token_seconds(monkeypatch):
-    """To the first token, for each later one, to the last, by a clock that moves at each token."""
-    now = [100.0]
-    monkeypatch.setattr(bench, "clock", lambda model: now[0])
+    """To the first token, for each later one, to the last."""
+    ticks = iter([100, 102, 102.5, 103, 103.5])
+    monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
 
     def call(new_tokens, on_token):
-        for token in range(new_tokens):
-            now[0] += 0.5 if token else 2
+        for _ in range(new_tokens):
             on_token([0])
 
-    assert bench.token_seconds(None, 5, call) == (2, 0.5, 4)
+    assert bench.token_seconds(None, 4, call) == (2, 0.5, 3.5)
 
 
 def test_speed():
@@ -149,9 +142,6 @@ def test_transformers_generate(tmp_path):
     expected = generate(model, ids, 9, dense, seqlens=[30, 30])
     assert [list(tokens) for tokens in zip(*seen)] == expected
     assert cache.layers[0].keys.shape == (2, 2, 30 + 8, 8)
-
-
-# ---------------------------------------------------------------------------- the command
 
 
 def test_script(run, tiny_model):

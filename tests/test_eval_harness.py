@@ -90,9 +90,6 @@ def test_choices_are_scored_exactly(name):
         assert nats == pytest.approx(total, abs=1e-5) and greedy == best
 
 
-# ---------------------------------------------------------------------------- tasks
-
-
 def write_rows(folder, n=12):
     """The local files of both sets, with n rows."""
     boolq = [{"question": f"is {i} a", "passage": f"p{i}.", "answer": i % 3 == 0} for i in range(n)]

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -92,20 +93,12 @@ def test_needle_by_hand():
     part = next(v for v in range(1, 10) if v not in answer and str(v) in str(answer))
     missing = next(v for v in range(10, 61) if v not in answer)
     examples = [Example(prompt, [value]) for value in (answer[0], answer[-1], part, missing)]
+    numerals = SimpleNamespace(eos_token_ids=[0], decode=lambda ids: " ".join(map(str, ids)))
     given = {"": (None, {1: 0.5, 2: 0.3}, 1)}
-    first, row = needles(Numerals(), model, examples, ["earliest"], given)
+    first, row = needles(numerals, model, examples, ["earliest"], given)
     assert first["accuracy"] == 0.5 > row["accuracy"] and not first["dense_fails"]
     assert row["accuracy_diff"] == row["accuracy"] - 0.5 and "over_sdtp" not in row
     assert row["low"] <= row["accuracy_diff"] <= row["high"]
-
-
-class Numerals:
-    """A tokenizer whose tokens are written as their ids."""
-
-    eos_token_ids = [0]
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
 
 
 @pytest.mark.parametrize("name", ["magic", "", "sdtp@16", "random@4@2", "dense+", "sdtp+h2o@0.2"])

@@ -125,14 +125,6 @@ def test_self_information():
     assert cache.extra_flops == sum(map(sum, passes))
 
 
-@pytest.mark.parametrize("name, first", [("most_recent", 4), ("earliest", 20)])
-def test_ends(name, first):
-    """The first 4 and the end are kept, or the beginning and the protected end."""
-    cache = KVCache(3)
-    scorers.method(name, {1: 0.6})(tiny.build(), tiny.ids(40), [40], cache)
-    assert cache[1].rows()[2].tolist() == [*range(first), *range(16 + first, 40)]
-
-
 def test_scores_of_each_prompt():
     """Random ones by each prompt's generator, new at every stage; given ones by position."""
     seeded = [torch.Generator().manual_seed(seed) for seed in (3, 4, 4)]
@@ -141,8 +133,11 @@ def test_scores_of_each_prompt():
     assert torch.equal(first[5:], scorers.random(seeded[2])(x[:4], None, [4], None))
     assert not torch.equal(both(x, None, [5, 4], None), first) and first.dtype == torch.float32
     labels = [torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64), torch.tensor([7.0, 8.0])]
-    given = scorers.by_position(labels)(x[:3], torch.tensor([1, 3, 0]), [2, 1], None)
+    rows = x[:3], torch.tensor([1, 3, 0]), [2, 1], None
+    given = scorers.by_position(labels)(*rows)
     assert given.tolist() == [1.0, 2.0, 7.0] and given.dtype == torch.float32
+    assert scorers.most_recent(*rows).tolist() == [1, 3, 0]
+    assert scorers.earliest(*rows).tolist() == [-1, -3, 0]
 
 
 def test_refused():
