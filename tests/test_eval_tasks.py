@@ -279,8 +279,10 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
         given[""][0][3].fc1.bias.data[0] += run["ranker"]
         names, examples = ["sdtp", "random", "teacher"], [run.get("example", EXAMPLES[0])]
         perplexity(model, examples, names, given, rows=path, seed=run["seed"])
-        found.append([json.loads(line)["method"] for line in path.read_text().splitlines()])
-    assert sorted(found[1][len(found[0]) :]) == again
+        found.append([json.loads(line) for line in path.read_text().splitlines()])
+    new = found[1][len(found[0]) :]
+    assert sorted(row["method"] for row in new) == again
+    assert not {row["value"] for row in new} & {row["value"] for row in found[0]}
 
 
 # ---------------------------------------------------------------------------- the command

@@ -55,8 +55,8 @@ def make_labels(layers, n=N, device="cpu"):
 
 
 def run_losses(model, heads, schedule, one=example(), **flags):
-    labels = make_labels(heads, len(one.prompt), model.device)
-    return losses(model, heads, schedule, one, labels, TrainConfig(**flags), seeded())
+    labels, config = make_labels(heads, len(one.prompt), model.device), TrainConfig(**flags)
+    return losses(model, heads, schedule, one, labels, config, seeded())
 
 
 def spy(monkeypatch, owner, name):
@@ -358,7 +358,6 @@ def load_heads(world, out):
 
 
 def test_run_writes_everything(world):
-    """A run leaves heads, the figure, one log row per step and the table."""
     out, log = world / "unbroken", read_log(world / "unbroken")
     assert (out / "predictions.png").is_file() and not (out / "checkpoint.safetensors").exists()
     assert [row["step"] for row in log] == list(range(1, 15)) and log[0].keys() > {"loss", "rank"}
