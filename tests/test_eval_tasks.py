@@ -276,7 +276,7 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
         model = tiny.build(run["dtype"], **DEEP)
         model.layers[1].mlp.up_proj.weight.data[0, 0] += run["weight"]
         given = stages(run["schedule"], span=run["span"])
-        given[""][0][3].fc1.bias.data[0] += run["ranker"]
+        given[""][0][3].fc2.weight.data *= 1 - 2 * run["ranker"]  # the other way round
         names, examples = ["sdtp", "random", "teacher"], [run.get("example", EXAMPLES[0])]
         perplexity(model, examples, names, given, rows=path, seed=run["seed"])
         found.append([json.loads(line) for line in path.read_text().splitlines()])
