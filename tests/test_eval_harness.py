@@ -154,7 +154,6 @@ def test_rows_by_hand(tmp_path, both, monkeypatch):
 
 
 def test_script_goes_on(tmp_path, monkeypatch):
-    """A run killed in the middle goes on: every result once, the same scores."""
     sizes = dict(num_hidden_layers=5, max_position_embeddings=128)
     checkpoint_with_heads(tmp_path, {"heads/tiny": SCHEDULE}, **sizes)
     monkeypatch.chdir(write_rows(tmp_path))

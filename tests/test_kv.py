@@ -159,7 +159,6 @@ def test_same_memory():
 
 
 def test_refused():
-    """Windows, an unknown kind, shares out of (0, 1]: one line that names it."""
     window = tiny.build(model_type="mistral", sliding_window=7)
     with pytest.raises(ValueError, match="^h2o: not with a sliding window"):
         compressed(dense)(window, tiny.ids(30), [30], KVCache(3))
