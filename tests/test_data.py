@@ -50,13 +50,12 @@ class Words:
 
 def test_windows(tokenizer):
     """Exactly prompt_len + score_len tokens, BOS first; together the text, no gap, no overlap."""
-    windows = data.text_windows(TEXT, tokenizer, 50, 20)
-    assert {(len(w.prompt), len(w.response), w.prompt[0]) for w in windows} == {(50, 20, 1)}
-    read = [t for w in windows for t in w.prompt[1:] + w.response]
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    assert read == ids[: len(read)] and 0 <= len(ids) - len(read) < 69
-    texts = [tokenizer.decode(ids[:n]) for n in (69 * 3, 69 * 3 - 1)]
-    assert [len(data.text_windows(text, tokenizer, 50, 20)) for text in texts] == [3, 2]
+    for n in (69 * 3, 69 * 3 - 1):
+        windows = data.text_windows(tokenizer.decode(ids[:n]), tokenizer, 50, 20)
+        assert {(len(w.prompt), len(w.response), w.prompt[0]) for w in windows} == {(50, 20, 1)}
+        read = [t for w in windows for t in w.prompt[1:] + w.response]
+        assert read == ids[: n // 69 * 69]
 
 
 def test_the_end_of_a_text_is_held_out(tokenizer, tmp_path):
@@ -70,10 +69,9 @@ def test_the_end_of_a_text_is_held_out(tokenizer, tmp_path):
 
 
 def test_prompt_text(tmp_path):
-    """One of --prompt and --prompt_file; a file that is missing or not UTF-8 is named."""
+    """One of --prompt and --prompt_file; a file that is not UTF-8 is named."""
     (path := tmp_path / "a.txt").write_bytes("né".encode())
     assert data.prompt_text(SimpleNamespace(prompt="", prompt_file=str(path))) == "né"
-    assert data.prompt_text(SimpleNamespace(prompt="a", prompt_file="")) == "a"
     for both in ("", "a"):
         with pytest.raises(ValueError, match="give --prompt TEXT or --prompt_file FILE"):
             data.prompt_text(SimpleNamespace(prompt=both, prompt_file=both))
@@ -85,14 +83,13 @@ def test_prompt_text(tmp_path):
 def test_split_is_by_context():
     """Each row once, no context in both parts, a tenth held out, whatever the file's order."""
     rows = [row(i, f"passage {i % 900}." + "\n" * (i % 2)) for i in range(3000)]
-    rows += [row(i, " ") for i in range(1000)] + [row(1)] * 2
+    rows += [row(i, " ") for i in range(1000)] + [row(1)] * 2  # without one: by the whole row
     parts = data.split_rows(rows)
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, rows))
     seen, unseen = ({r["context"].strip() for r in part} - {""} for part in parts)
     assert not seen & unseen and 60 < len(unseen) < 120
-    assert 70 < sum(not r["context"].strip() for r in parts[1]) < 130  # these by the whole row
-    assert data.split_rows(rows[::-1]) == parts
-    some = data.split_rows(rows[500:1500])  # nor does it depend on the other rows
+    assert 70 < sum(not r["context"].strip() for r in parts[1]) < 130
+    some = data.split_rows(rows[1500:500:-1])  # nor does it depend on the other rows
     assert all(r in part for half, part in zip(some, parts) for r in half)
 
 
@@ -118,14 +115,13 @@ def test_chat_prompt(tokenizer, tmp_path):
 def test_equal_prompts_come_once(tokenizer, tmp_path, monkeypatch):
     """In each part, also over several sources, and not depending on the file's order."""
     rows = [row(i, response=str(k)) for i in range(100) for k in range(3)]
-    names = [write(tmp_path / f"{k}.jsonl", rows[::k]) for k in (1, -1, 2)]
+    names = [write(tmp_path / f"{k}.jsonl", rows[::k]) for k in (1, -1)]
     parts = data.load(names[0], tokenizer, min_prompt=1)
-    prompts = [tuple(e.prompt) for part in parts for e in part]
-    assert len(prompts) == len(set(prompts)) == 100
+    assert len({tuple(e.prompt) for part in parts for e in part}) == sum(map(len, parts)) == 100
     monkeypatch.setattr(data, "dolly_file", lambda: names[1])
     assert data.load("dolly", tokenizer, min_prompt=1) == parts
-    both = data.load(f"{names[0]},{names[2]}", tokenizer, min_prompt=1)
-    assert sorted(tuple(e.prompt) for part in both for e in part) == sorted(prompts)
+    both = data.load(",".join(names), tokenizer, min_prompt=1)
+    assert list(map(len, both)) == list(map(len, parts))
 
 
 BAD_ROWS = {
@@ -153,7 +149,7 @@ def spread(depths):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_needles(held_out):
     """One statement between sentences of the text, at any depth; its question; the answer."""
-    words, depths, firsts, used = Words(), [], [], set()
+    words, depths, firsts = Words(), [], []
     needles = data.HELD_OUT_NEEDLES if held_out else data.NEEDLES
     names = data.HELD_OUT_NAMES if held_out else data.NAMES
     for example in data.needle_examples(SENTENCES, words, 400, 40, held_out):
@@ -168,9 +164,7 @@ def test_needles(held_out):
         assert statement.startswith(f"{begun} {value}") if held_out else begun == ""
         depths.append(len(before) / len(text))
         firsts.append(int(re.search(r"\d+", prompt)[0]))
-        used.add(question)
-    assert spread(depths) and len(used) > 10 and len(set(firsts)) == 40
-    assert firsts[0] < 10 and firsts[-1] > 1800
+    assert spread(depths) and len(set(firsts)) == 40 and firsts[0] < 10 and firsts[-1] > 1800
 
 
 def test_as_many_needles_as_fit():
@@ -207,13 +201,12 @@ def test_copies():
     assert 30 < len(depths) <= 40 and spread(depths)
 
 
-def test_made(tmp_path, monkeypatch):
+def test_made(tmp_path):
     """Needles and copies in turn, of the manual and of the rows' contexts, each of its own part."""
-    monkeypatch.setattr(data, "topics", dict(reversed(topics.items())))  # their order is not used
     words, context = Words(), "Item {0} is in room {0} of it.\nBut item {0} was never seen there. "
     rows = [row(i, context=context * 3) for i in range(400) for _ in range(2)]
     parts = data.load(write(tmp_path / "r.jsonl", rows) + ",made", words, 128, 24, 10, 200)
-    manual, names = "\n".join(topics[name] for name in sorted(topics)), data.NAMES
+    manual = "\n".join(topics[name] for name in sorted(topics))
     cut = int(len(manual) * 0.9)
     assert max(text.count("Item 7 is in") for text in words.texts) == 3  # that context once
     for part, half, text in zip(parts, data.split_rows(rows), (manual[:cut], manual[cut:])):
@@ -224,19 +217,16 @@ def test_made(tmp_path, monkeypatch):
         assert found <= {r["instruction"][8:-1] for r in half} and len(found) > 10
         for copy in (p for p in prompts if "Repeat" in p and "Item " not in p):
             assert "".join(copy.rsplit("\n\n", 2)[0].split()) in "".join(text.split())
-        assert all(re.search("|".join(names), p) for p in prompts if "Repeat" not in p)
-        names = data.HELD_OUT_NAMES
 
 
 def test_sources_in_turn(tokenizer, tmp_path):
     """One example of each source in turn, until none is left; each text is tokenised once."""
     (tmp_path / "a.txt").write_text(TEXT)
     sources = [str(tmp_path / "a.txt"), write(tmp_path / "r.jsonl", [row(i) for i in range(300)])]
-    alone = [data.load(source, tokenizer, 50, 20, 30, 100) for source in sources]
-    for k, part in enumerate(data.load(",".join(sources), tokenizer, 50, 20, 30, 100)):
-        (windows, rows), n = (lists[k] for lists in alone), min(len(lists[k]) for lists in alone)
-        assert part[: 2 * n] == [e for pair in zip(windows, rows) for e in pair] and n > 20
-        assert part[2 * n :] == windows[n:] + rows[n:]
+    windows, rows = (data.load(source, tokenizer, 50, 20, 30, 100)[0] for source in sources)
+    training, n = data.load(",".join(sources), tokenizer, 50, 20, 30, 100)[0], len(windows)
+    assert training[: 2 * n] == [e for pair in zip(windows, rows) for e in pair] and n > 20
+    assert training[2 * n :] == rows[n:]
     words = Words()
     training, _ = data.load("made,pydoc", words, 128, 24)
     assert 80 < len(training) <= 100 and sum(len(text) > 10_000 for text in words.texts) == 2
@@ -244,7 +234,6 @@ def test_sources_in_turn(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("source", ["pydoc,nope", "missing.txt", "missing.jsonl"])
 def test_bad_sources(tokenizer, source):
-    """A source that is none, or a missing file, is named."""
     message = f"^({source} does not exist|--data nope: choose pydoc, made,)"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data.load(source, tokenizer)

@@ -11,6 +11,7 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from test_sdtp import checkpoint_with_heads, heads_of
 
 import cli
 import eval_harness
@@ -19,7 +20,7 @@ from eval_harness import HarnessLM, load_tasks, local_rows, samples, score_choic
 from kv import compressed
 from model import KVCache, Transformer
 from scorers import method as made
-from sdtp import PruneHead, dense, pruned, save_heads
+from sdtp import dense, pruned
 from tokenizer import Tokenizer
 
 SCHEDULE = {1: 0.7, 2: 0.45}
@@ -36,16 +37,8 @@ QUESTIONS = [  # context, continuation
 ]
 
 
-def heads():
-    torch.manual_seed(0)
-    return {layer: PruneHead(32) for layer in SCHEDULE}
-
-
 def ask(kind, pairs):
-    where = [("task", i, 1) for i in range(len(pairs))]
-    return [
-        Instance(kind, {}, arguments=pair, idx=0, metadata=at) for pair, at in zip(pairs, where)
-    ]
+    return [Instance(kind, {}, pair, 0, ("task", i, 1)) for i, pair in enumerate(pairs)]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +64,8 @@ def test_dense_is_the_harness_hf_model(both):
 
 METHODS = {
     "dense": dense,
-    "sdtp": pruned(heads(), SCHEDULE),
-    "sdtp+h2o": compressed(pruned(heads(), SCHEDULE), "h2o", 0.3),
+    "sdtp": pruned(heads_of(SCHEDULE), SCHEDULE),
+    "sdtp+h2o": compressed(pruned(heads_of(SCHEDULE), SCHEDULE), "h2o", 0.3),
     "gemfilter": made("gemfilter", {0: 0.5}),
 }
 
@@ -97,18 +90,6 @@ def test_choices_are_scored_exactly(name):
         assert nats == pytest.approx(total, abs=1e-5) and greedy == best
 
 
-def test_shares_of_one_are_dense(both):
-    """Pruning that keeps everything gives the dense answers, through the pruning path."""
-    stages, found = {"": (heads(), dict.fromkeys(SCHEDULE, 1.0), 1)}, {}
-    lm = HarnessLM(*both[:2], ["sdtp", "most_recent"], stages)
-    for lm.method in ("dense", "sdtp", "most_recent"):
-        found[lm.method] = lm.loglikelihood(ask("loglikelihood", QUESTIONS))
-    assert found["sdtp"] == found["most_recent"] == found["dense"]
-
-
-# ---------------------------------------------------------------------------- tasks
-
-
 def write_rows(folder, n=12):
     """The local files of both sets, with n rows."""
     boolq = [{"question": f"is {i} a", "passage": f"p{i}.", "answer": i % 3 == 0} for i in range(n)]
@@ -121,18 +102,15 @@ def write_rows(folder, n=12):
 
 def test_labels_of_boolq(tmp_path):
     """Every form in which BoolQ's file goes around; the string "false" must not be true."""
-
-    def rows_of(*labels):
-        rows = [{"question": "q\u2028", "passage": "p"} | label for label in labels]
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        (tmp_path / "boolq_val.jsonl").write_text(text)
-        return [row["label"] for row in local_rows(tmp_path, "boolq")]
-
-    forms = [("answer", False, True), ("label", False, True), ("label", "False", "True")]
-    for field, no, yes in forms:
-        assert rows_of({field: no}, {field: yes}) == [0, 1]
+    for field, no, yes in (("answer", False, True), ("label", "False", "True")):
+        for values in ((no, yes), (yes, "false")):
+            rows = [{"question": "q\u2028", "passage": "p", field: value} for value in values]
+            text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            (tmp_path / "boolq_val.jsonl").write_text(text)
+            if values == (no, yes):
+                assert [row["label"] for row in local_rows(tmp_path, "boolq")] == [0, 1]
         with pytest.raises(ValueError, match="boolq_val.jsonl does not hold the rows of boolq"):
-            rows_of({field: yes}, {field: "false"})
+            local_rows(tmp_path, "boolq")
 
 
 def test_local_tasks_are_the_harness_own(tmp_path, both):
@@ -142,92 +120,60 @@ def test_local_tasks_are_the_harness_own(tmp_path, both):
         samples(name, tasks[name], HarnessLM(*both[:2]), None)
         for i in range(6):
             requests = [r for r in tasks[name].instances if r.doc_id == i]
-            boolq = f"p{i}.\nQuestion: is {i} a?\nAnswer:", [" no", " yes"]
-            piqa = f"Question: g{i}\nAnswer:", [f" one {i}", f" two {i * i}"]
+            wanted = f"p{i}.\nQuestion: is {i} a?\nAnswer:", [" no", " yes"]
+            if name == "piqa":
+                wanted = f"Question: g{i}\nAnswer:", [f" one {i}", f" two {i * i}"]
             *before, last = requests[0].args[0].split("\n\n")
-            assert (last, [r.args[1] for r in requests]) == (boolq if name == "boolq" else piqa)
+            assert (last, [r.args[1] for r in requests]) == wanted
             asked = [int(re.search(pattern, shot)[1]) for shot in before]
             assert len(set(asked)) == 4 and i not in asked
-            for n, shot in zip(asked, before):
-                answers = ["yes", "no", "no"][n % 3], [f"one {n}", f"two {n * n}"][n % 2]
-                assert shot.split("Answer: ")[1] == answers[name == "piqa"]
             shots.add((name, *asked))
     assert len(shots) > 4
 
 
 def test_rows_by_hand(tmp_path, both, monkeypatch):
-    """Every figure follows from the answers of each choice."""
 
     def contrary(model, example, method):
-        """Pruned, the other choice: no method has dense's score by chance."""
-        cache = KVCache(3)
-        method(model, torch.tensor(example.prompt), [len(example.prompt)], cache)
-        sign = 1 if cache.alive[-1][0] == len(example.prompt) else -1
-        return {"answers": [[sign * len(example.prompt), False], [sign * 3, True]]}
+        """Dense says no; pruned, the other choice: no method has dense's score by chance."""
+        cache, n = KVCache(3), len(example.prompt)
+        method(model, torch.tensor(example.prompt), [n], cache)
+        return {"answers": [[1, False], [0 if cache.alive[-1][0] == n else 2, True]]}
 
     monkeypatch.setattr(eval_harness, "score_choices", contrary)
     task = load_tasks(["boolq"], write_rows(tmp_path))["boolq"]
-    lm = HarnessLM(*both[:2], ["sdtp", "most_recent"], {"": (heads(), SCHEDULE, 1)})
+    lm = HarnessLM(*both[:2], ["sdtp", "most_recent"], {"": (heads_of(SCHEDULE), SCHEDULE, 1)})
     rows = task_rows("boolq", task, lm, limit=7)
     assert [r["method"] for r in rows] == ["dense", "sdtp", "most_recent"]
     n = len(both[1].encode("p0.\nQuestion: is 0 a?\nAnswer:"))
-    for row in rows:  # dense says no, which is right 4 times in 7
-        accuracy = 4 / 7 if row["method"] == "dense" else 3 / 7
+    for row, accuracy in zip(rows, (4 / 7, 3 / 7, 3 / 7)):
         assert (row["documents"], row["metric"], row["prompt_tokens"]) == (7, "acc", n)
-        assert row["score"] == row["metrics"]["acc,none"] == accuracy
-        assert row["diff"] == pytest.approx(accuracy - 4 / 7) and row["num_fewshot"] == 0
+        assert row["score"] == row["metrics"]["acc,none"] == accuracy and row["num_fewshot"] == 0
+        assert row["diff"] == pytest.approx(accuracy - 4 / 7)
         assert row["low"] <= row["diff"] <= row["high"] and row["prefill_speedup"] > 0
     assert rows[0]["flops_share"] == rows[0]["mean_alive"] == 1 > rows[1]["mean_alive"]
 
 
-def test_script_goes_on(tmp_path, monkeypatch, capsys):
-    """A run killed in the middle goes on: every result once, the same scores."""
-    folder = tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=5, max_position_embeddings=128)
-    model = Transformer.from_pretrained(folder, torch.float32)
-    save_heads(tmp_path / "heads", heads(), model, SCHEDULE)
-    flags = f"--ckpt {folder} --heads {tmp_path}/heads --data_dir {write_rows(tmp_path)} --limit 5"
-    flags += f" --methods sdtp,random --keep 0.9 --num_fewshot 2 --json {tmp_path}/r.json"
+def test_script_goes_on(tmp_path, monkeypatch):
+    sizes = dict(num_hidden_layers=5, max_position_embeddings=128)
+    checkpoint_with_heads(tmp_path, {"heads/tiny": SCHEDULE}, **sizes)
+    monkeypatch.chdir(write_rows(tmp_path))
+    flags = "--ckpt tiny --data_dir . --limit 5 --methods sdtp,random --keep 0.9"
+    flags += f" --num_fewshot 2 --json {tmp_path}/r.json"
+    path = tmp_path / "rows.jsonl"
 
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", ["eval_harness.py", *flags.split(), *more])
+    def run():
+        monkeypatch.setattr(sys, "argv", f"eval_harness.py {flags} --rows {path}".split())
         cli.run(eval_harness.main)
-        rows = json.loads((tmp_path / "r.json").read_text())
-        assert all(row.pop("prefill_speedup") > 0 and row.pop("command") for row in rows)
-        return rows
+        return [r | {"prefill_speedup": 0} for r in json.loads((tmp_path / "r.json").read_text())]
 
-    expected, path = run(), tmp_path / "rows.jsonl"
+    expected, whole = run(), path.read_text().splitlines(keepends=True)
     order = [(task, m) for task in ("boolq", "piqa") for m in ("dense", "sdtp", "random")]
     assert [(r["task"], r["method"]) for r in expected] == order
     assert {r["num_fewshot"] for r in expected} == {2} and expected[1]["mean_alive"] < 1
-    assert "random" in capsys.readouterr().out.splitlines()[-1]
-    run("--rows", str(path))
-    whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:12]) + '{"key": "torn')  # as if killed there
-    assert run("--rows", str(path)) == expected
+    assert run() == expected
     after = path.read_text().splitlines(keepends=True)
     assert after[:12] == whole[:12] and len(cli.Results(path)) == len(after) == 2 * 5 * 3
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--tasks copa --data_dir .", "--tasks copa: --data_dir has boolq and piqa"),
-        ("--data_dir nowhere", "nowhere/boolq_val.jsonl does not exist"),
-        ("--tasks piqa --data_dir .", "piqa_valid.jsonl does not hold the rows of piqa"),
-        ("--data_dir . --methods teacher", "ranks by the loss of one response"),
-        ("--data_dir . --keep 0.9", "--keep 0.9"),
-        ("--data_dir . --methods sdtp --keep 1.5", "--keep 1.5"),
-        ("--data_dir . --seed 1", "--seed 1"),
-    ],
-)
-def test_script_mistakes(tmp_path, monkeypatch, flags, message):
-    """A user's mistake ends in one line that names it."""
-    write_rows(tmp_path, 3)
-    (tmp_path / "piqa_valid-labels.lst").write_text("1\n0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval_harness.py", "--methods", "dense", *flags.split()])
-    with pytest.raises(SystemExit, match=message):
-        cli.run(eval_harness.main)
 
 
 def test_tasks_of_the_hub(monkeypatch):

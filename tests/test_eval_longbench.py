@@ -11,13 +11,14 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from test_sdtp import checkpoint_with_heads
 
 import eval_longbench as longbench
 import eval_tasks
 from eval_longbench import PROMPTS, SETS, prompt_ids, read_rows, score
 from flops import alive_per_layer
 from model import Transformer
-from sdtp import PruneHead, dense, generate, save_heads
+from sdtp import dense, generate
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- metrics
@@ -54,21 +55,6 @@ def test_scores_by_hand(dataset, prediction, answers, expected):
     assert score(dataset, prediction, answers, None) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "classes, prediction, answer, expected",
-    [
-        ("Food,Date", "Date", "Date", 1),
-        ("Food,Date", "Date or Food", "Date", 0.5),
-        ("Food,Date", "Food\nDate", "Date", 0),  # the first line only
-        ("Way,Way to go", "Way to go", "Way to go", 1),  # part of the answer: removed
-        ("a,ab,abc", "abc", "abc", 0.5),  # "a" is removed, which skips "ab": two are left
-    ],
-)
-def test_classification_by_hand(classes, prediction, answer, expected):
-    for dataset in ("trec", "lsht"):
-        assert score(dataset, prediction, [answer], classes.split(",")) == expected
-
-
 def published_classification(prediction, ground_truth, all_classes):
     """classification_score of LongBench's metrics.py, transcribed."""
     em_match_list = []
@@ -83,11 +69,11 @@ def published_classification(prediction, ground_truth, all_classes):
 
 def test_classification_as_published():
     draw = random.Random(0)
-    for _ in range(300):
+    for i in range(300):
         classes = ["".join(draw.choices("ab", k=draw.randint(1, 4))) for _ in range(6)]
         text, answer = "".join(draw.choices("ab ", k=12)), draw.choice(classes)
         wanted = published_classification(text, answer, classes)
-        assert score("trec", text, [answer], classes) == wanted
+        assert score(("trec", "lsht")[i % 2], f"\n{text}\n{answer}", [answer], classes) == wanted
 
 
 def test_recursion_border_does_not_depend_on_the_caller():
@@ -108,8 +94,6 @@ def test_recursion_border_does_not_depend_on_the_caller():
 
 def test_sets():
     assert set(PROMPTS) - {"about"} == set(SETS) and len(SETS) == 21
-    kinds = {"Single": 3, "Multi": 3, "Summ": 3, "FewShot": 3, "Code": 2, None: 7}
-    assert Counter(s.category for s in SETS.values()) == kinds
     assert Counter(s.max_new_tokens for s in SETS.values()) == {128: 4, 64: 6, 32: 7, 512: 4}
     no_question = {"gov_report", "multi_news", "vcsum", "passage_count", "lcc"}
     for dataset in SETS:
@@ -178,10 +162,7 @@ def place(tmp_path_factory):
     """A checkpoint, two folders of heads for it, and rows of two sets as the benchmark has them."""
     folder = tmp_path_factory.mktemp("longbench")
     sizes = dict(num_hidden_layers=LAYERS, max_position_embeddings=LIMIT)
-    model = Transformer.from_pretrained(tiny.checkpoint(folder / "tiny", **sizes), torch.float32)
-    torch.manual_seed(0)
-    save_heads(folder / "heads", {2: PruneHead(32)}, model, {2: 0.5})
-    save_heads(folder / "all", {2: PruneHead(32)}, model, {2: 1.0})
+    checkpoint_with_heads(folder, {"heads": {2: 0.5}, "all": {2: 1.0}}, **sizes)
     draw = random.Random(1)
     for dataset in DATASETS:
         rows, more = [], {"answers": ["w", "z"], "all_classes": list("bkzw.")}
@@ -244,20 +225,17 @@ def test_predictions_in_the_official_layout(place, whole):
 
 
 def test_rows_by_hand(whole):
-    """Scores, differences and compute of the sets and of all, from the predictions."""
     names, found = [*DATASETS, "all"], predictions(whole[0])
     assert [(r["set"], r["method"]) for r in whole[1]] == [(s, m) for s in names for m in METHODS]
     for row in whole[1]:
         sets, means, flops = DATASETS if row["set"] == "all" else [row["set"]], [], []
         for method in ("dense", row["method"]):
-            scores, flat = [], [(d, r) for d in sets for r in found[f"{method}/{d}"]]
-            for d, r in flat:
-                scores.append(score(d, r["pred"], r["answers"], r["all_classes"]))
+            flat = [(d, r) for d in sets for r in found[f"{method}/{d}"]]
+            scores = [score(d, r["pred"], r["answers"], r["all_classes"]) for d, r in flat]
             means.append(100 * statistics.mean(scores))  # the sets have as many rows
             flops.append(sum(r["flops"] for _, r in flat))
         assert row["score"] == pytest.approx(means[1]) and row["n"] == len(flat)
         assert row["diff"] == pytest.approx(means[1] - means[0])
-        assert row["low"] <= row["diff"] + 1e-9 and row["diff"] <= row["high"] + 1e-9
         assert row["flops_share"] == pytest.approx(flops[1] / flops[0])
         assert row["max_length"] == MAX_LENGTH
     assert len({row["score"] for row in whole[1]}) > 5
@@ -295,9 +273,6 @@ def test_stopped_and_started_again(place, whole, tmp_path, monkeypatch):
     rows = run(place, monkeypatch, tmp_path, *FLAGS)
     assert left[0] == 0 and predictions(tmp_path) == predictions(whole[0])
     assert [r["score"] for r in rows] == [r["score"] for r in whole[1]]
-    left[0] = 8  # another method joins: only it is run
-    run(place, monkeypatch, tmp_path, "--methods", "earliest")
-    assert left[0] == 0
 
 
 def test_another_run_in_the_folder(place, whole, monkeypatch):
@@ -317,29 +292,26 @@ def test_two_folders_of_heads_and_nothing_pruned(place, tmp_path, monkeypatch):
     assert [r["method"] for r in rows[:3]] == ["dense", "sdtp:heads", "sdtp:all"]
     found = predictions(tmp_path)
     assert {name.split("/")[0] for name in found} == {"dense", "sdtp-heads", "sdtp-all"}
-    for dataset in DATASETS:
-        ours, reference = (found[f"{m}/{dataset}"] for m in ("sdtp-all", "dense"))
-        assert [r["pred"] for r in ours] == [r["pred"] for r in reference]
+    ours, reference = (found[f"{m}/hotpotqa"] for m in ("sdtp-all", "dense"))
+    assert [r["pred"] for r in ours] == [r["pred"] for r in reference]
     assert rows[2]["mean_alive"] == 1 and rows[2]["diff"] == rows[2]["low"] == rows[2]["high"] == 0
 
 
 def test_samsum_stops_at_a_newline(place, monkeypatch):
     """Of samsum alone a newline ends the answer; its first token is neither that nor the end."""
     model = Transformer.from_pretrained(place / "tiny", torch.float32)
-    ids = (tokenizer := Tokenizer(place / "tiny")).encode("abcdefg")
-    (free,) = generate(model, torch.tensor(ids), 128, eos_token_ids=[2])
+    prompt = (tokenizer := Tokenizer(place / "tiny")).encode("abcdefg")
+    (free,) = generate(model, torch.tensor(prompt), 128, eos_token_ids=[2])
     for newline in (free[0], next(t for t in free if t != free[0])):
         monkeypatch.setattr(tokenizer, "encode", lambda text, **_: {"\n": [newline]}[text])
-        new = []
-        while len(new) < 128 and (not new or new[-1] not in (2, newline)):
-            logits = model(torch.tensor(ids + new))[-1]
-            if not new:
-                logits[[2, newline]] = -math.inf
-            new.append(int(logits.argmax()))
-        found = longbench.answer(tokenizer, "samsum", model, ids, dense)
+        logits = model(torch.tensor(prompt))[-1]
+        logits[[2, newline]] = -math.inf
+        new = [int(logits.argmax())]
+        while len(new) < 128 and new[-1] not in (2, newline):
+            new.append(int(model(torch.tensor(prompt + new))[-1].argmax()))
+        found = longbench.answer(tokenizer, "samsum", model, prompt, dense)
         assert (found["pred"], found["new_tokens"]) == (tokenizer.decode(new), len(new))
-        assert len(new) < len(free)
-        found = longbench.answer(tokenizer, "qasper", model, ids, dense)
+        found = longbench.answer(tokenizer, "qasper", model, prompt, dense)
         assert found["pred"] == tokenizer.decode(free)
 
 
@@ -348,8 +320,7 @@ def test_groups():
     found = longbench.groups(list(SETS))
     assert list(found)[21:] == ["Single", "Multi", "Summ", "FewShot", "Code", "AVG", "all"]
     assert found["Code"] == ["lcc", "repobench-p"] and len(found["AVG"]) == 14
-    found = longbench.groups([d for d in SETS if d != "lcc"])
-    assert list(found)[20:] == ["Single", "Multi", "Summ", "FewShot", "all"]
+    assert list(longbench.groups(["2wikimqa", "hotpotqa", "musique"]))[3:] == ["Multi", "all"]
 
 
 def test_sets_weigh_alike():
@@ -365,35 +336,13 @@ def test_sets_weigh_alike():
     assert 2 <= row["low"] < 2.8 and 3.2 < row["high"] <= 4
 
 
-# ---------------------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--datasets trec,hotpot", "unknown dataset 'hotpot'"),
-        ("--methods sdtp,best", "unknown method 'best'"),
-        ("--methods teacher", "teacher"),
-        ("--datasets lcc", "lcc.jsonl does not exist"),
-        ("--limit -1", "--limit -1"),
-        ("--max_length 1", "--max_length 1"),
-        ("--max_length 1076", "--max_length 1076: .* leave 2 to 1075"),  # 1100 - 16 - 8 - 1
-        ("--keep nan", "--keep nan"),
-        ("--methods dense --keep 0.5", "--keep 0.5"),
-        ("--seed 3", "--seed 3"),
-    ],
-)
-def test_mistakes(place, tmp_path, monkeypatch, flags, message):
-    with pytest.raises((ValueError, OSError), match=message) as error:
-        run(place, monkeypatch, tmp_path / "out", "--methods", "most_recent", *flags.split())
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
 def test_few_positions_and_a_repetition_penalty(place, tmp_path, monkeypatch, capsys):
     """256 positions are enough for short prompts; what is not applied is named."""
     folder = tiny.checkpoint(tmp_path / "tiny", max_position_embeddings=256)
     (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
-    flags = ["--ckpt", folder, "--max_length", 100, "--methods", "dense"]
-    rows = run(place, monkeypatch, tmp_path / "out", *flags)
+    flags = ["--ckpt", folder, "--methods", "dense", "--max_length"]
+    rows = run(place, monkeypatch, tmp_path / "out", *flags, 100)
     assert rows[0]["prompt_tokens"] <= 100 and len(predictions(tmp_path / "out")) == 2
     assert "repetition_penalty 1.5 is not applied" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max_length 232: .* leave 2 to 231"):  # 256 - 16 - 8 - 1
+        run(place, monkeypatch, tmp_path / "none", *flags, 232)

@@ -10,13 +10,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from test_cli import config_class
+from test_sdtp import checkpoint_with_heads
 
-import bench
 import cli
-import eval_tasks
 import report
-from model import Transformer
-from sdtp import PruneHead, save_heads
 
 ORIGIN = {"command": "python x.py", "commit": "c0ffee", "machine": "m", "versions": "v"}
 COST = {"method": "sdtp", "mean_alive": 0.5, "compression": 2.0, "flops_share": 0.4, "dtype": "f"}
@@ -34,9 +32,8 @@ NAMES = ["speed", "tasks", "text", "longbench"]
 def world(tmp_path, monkeypatch):
     """A folder with a tiny checkpoint, heads for it and a text."""
     monkeypatch.chdir(tmp_path)
-    tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=2048)
-    model = Transformer.from_pretrained("tiny", torch.float32)
-    save_heads("own", {2: PruneHead(32), 4: PruneHead(32)}, model, {2: 0.7, 4: 0.3})
+    sizes = dict(num_hidden_layers=6, max_position_embeddings=2048)
+    checkpoint_with_heads(tmp_path, {"own": {2: 0.7, 4: 0.3}}, **sizes)
     words = torch.randint(40, (20_000,), generator=torch.Generator().manual_seed(1)).tolist()
     (tmp_path / "text.txt").write_text("".join(tiny.ALPHABET[3 + word] for word in words))
     return tmp_path
@@ -86,32 +83,32 @@ def test_page(world, run):
     page = (world / "out" / "report.md").read_text()
     rows = {part: json.loads((world / "out" / part / "rows.json").read_text()) for part in NAMES}
     assert all(f"`{r[0]['command']}` ({r[0]['commit']}, " in page for r in rows.values())
-    speed, text = rows["speed"], rows["text"]
     shown = table(page, "Prefill and end-to-end speedup, memory")
-    for r, line in zip(speed, shown, strict=True):
-        for name, form in {"prefill_speedup": ".2f", "memory_diff": "+.1%"}.items():
-            assert line[name] == f"{r[name]:{form}}"
+    for r, line in zip(rows["speed"], shown, strict=True):
+        assert line["prefill_speedup"] == f"{r['prefill_speedup']:.2f}"
+        assert line["memory_diff"] == f"{r['memory_diff']:+.1%}"
     *_, dense, sdtp = table(page, "Compression, active tokens")
-    alive = speed[-1]["alive"]
+    alive = rows["speed"][-1]["alive"]
     assert dense["alive_from_layer"] == "0: 40" and len(set(alive)) == 3
     assert sdtp["alive_from_layer"] == f"0: 40, 2: {alive[2]}, 4: {alive[4]}"
     assert float(sdtp["compression"]) == pytest.approx(6 * 40 / sum(alive), abs=0.005)
-    for r, line in zip(text, table(page, "Perplexity and loss, plain text"), strict=True):
+    for r, line in zip(rows["text"], table(page, "Perplexity and loss, plain text"), strict=True):
+        difference = r["loss"] - rows["text"][0]["loss"]
         assert [line["method"], line["ppl_diff"]] == [r["method"], f"{r['ppl_diff']:+.1%}"]
-        assert float(line["loss_diff"]) == pytest.approx(r["loss"] - text[0]["loss"], abs=1e-4)
+        assert float(line["loss_diff"]) == pytest.approx(difference, abs=1e-4)
     assert table(page, "Accuracies")[0]["low"] == "-25.0%"
     assert table(page, "LongBench")[0]["score"] == "30.50"
     assert "## Perplexity and loss, responses\n\nNot asked for." in page
 
 
-def test_goes_on(world, run, capsys):
+def test_goes_on(world, run):
     """A part that fails is told, the others run; then it alone runs again, then none."""
     ran, end = run(broken="tasks")
     assert ran == NAMES and end == "report.py: without tasks; the same command runs what is missing"
-    line = "failed with status 1, see out/tasks/log.txt: x.py: it broke"
     page = (world / "out" / "report.md").read_text()
-    assert f"tasks {line}" in capsys.readouterr().out and f"## Accuracies\n\n{line}\n" in page
-    assert table(page, "LongBench") and run() == (["tasks"], None) and run() == ([], None)
+    line = "failed with status 1, see out/tasks/log.txt: x.py: it broke"
+    assert f"## Accuracies\n\n{line}\n" in page and table(page, "LongBench")
+    assert run() == (["tasks"], None) and run() == ([], None)
     assert "failed" not in (world / "out" / "report.md").read_text()
 
 
@@ -125,24 +122,12 @@ def test_other_flags_and_heads(world, run):
     assert run(broken="text")[0] == NAMES and run() == (["text"], None)
 
 
-def test_refusals(world, run):
-    """Nothing to do, or a flag that no part takes."""
-    none = "--lengths=", "--text=", "--tasks=", "--longbench="
-    assert "report.py: nothing to measure: give" in run(*none)[1]
-    assert "--max_length has no effect" in run("--longbench=", "--max_length", "9")[1]
-
-
 def test_scripts_understand_the_flags():
     """Each part's flags, all of them given, are those of its script."""
-    harness, longbench = map(pytest.importorskip, ("eval_harness", "eval_longbench"))
     flags = f"{FLAGS} --data d --max_length 7 --tasks_dir x"
-    config = cli.parse(report.ReportConfig, "", flags.split())
-    classes = [bench.BenchConfig, eval_tasks.EvalConfig]
-    classes += [harness.HarnessConfig, longbench.LongBenchConfig]
-    parts = report.parts(config, Path("o"))
+    parts = report.parts(cli.parse(report.ReportConfig, "", flags.split()), Path("o"))
     for name, (script, flags) in parts.items():
-        (found,) = (c for c in classes if f"{c.__module__}.py" == script)
-        got = cli.parse(found, "", flags)
+        got = cli.parse(config_class(script.removesuffix(".py")), "", flags)
         assert (got.ckpt, got.heads, got.device) == ("tiny", "own", "cpu")
         assert Path(got.json) == Path("o") / name / "rows.json"
         assert name == "speed" or (got.limit, got.methods) == (2, "sdtp,most_recent")

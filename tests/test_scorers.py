@@ -8,9 +8,8 @@ import torch
 from test_sdtp import close, kept_by_sort, masked
 
 import scorers
-from flops import executed_flops, schedule_flops
+from flops import executed_flops
 from model import KVCache, Transformer
-from sdtp import PruneHead, prefill
 
 FIELDS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 5}}
 each_model = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -66,8 +65,7 @@ def loop_attention(block, x, positions, window):
 @each_model
 @pytest.mark.parametrize("name, w, pool", [("lazyllm", 1, 1), ("fastkv", 8, 7), ("", 3, 3)])
 def test_attention_of_what_is_alive(fields, name, w, pool):
-    """Packed prompts that lost tokens as one at a time, windows by original position: attention of
-    the last w tokens, and of all."""
+    """Packed prompts that lost tokens as one at a time, windows by original position."""
     block, (x, positions, lens) = tiny.build(**fields).layers[1], some_rows()
     scorer = scorers.SCORERS.get(name) or scorers.last_attention(w, pool)
     got = scorer(x, positions, lens, block).split(lens)
@@ -127,54 +125,24 @@ def test_self_information():
     assert cache.extra_flops == sum(map(sum, passes))
 
 
-@pytest.mark.parametrize("name, first", [("most_recent", 4), ("earliest", 20)])
-def test_ends(name, first):
-    """The first 4 and the end are kept, or the beginning and the protected end."""
-    cache = KVCache(3)
-    scorers.method(name, {1: 0.6})(tiny.build(), tiny.ids(40), [40], cache)
-    assert cache[1].rows()[2].tolist() == [*range(first), *range(16 + first, 40)]
-
-
 def test_scores_of_each_prompt():
-    """Random ones by each prompt's generator, alone or packed, new at every stage; given ones
-    follow their tokens after others were dropped."""
+    """Random ones by each prompt's generator, new at every stage; given ones by position."""
     seeded = [torch.Generator().manual_seed(seed) for seed in (3, 4, 4)]
     both, x = scorers.random(*seeded[:2]), torch.zeros(9, 8)
     first = both(x, None, [5, 4], None)
     assert torch.equal(first[5:], scorers.random(seeded[2])(x[:4], None, [4], None))
     assert not torch.equal(both(x, None, [5, 4], None), first) and first.dtype == torch.float32
     labels = [torch.tensor([5.0, 1.0, 4.0, 2.0], dtype=torch.float64), torch.tensor([7.0, 8.0])]
-    given = scorers.by_position(labels)(x[:3], torch.tensor([1, 3, 0]), [2, 1], None)
+    rows = x[:3], torch.tensor([1, 3, 0]), [2, 1], None
+    given = scorers.by_position(labels)(*rows)
     assert given.tolist() == [1.0, 2.0, 7.0] and given.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", scorers.METHODS)
-def test_methods_cost_the_same(name):
-    """Every method by its name, at stages of its own, at sdtp's FLOPs; scorers at sdtp's stages."""
-    model = tiny.build(torch.float32, num_hidden_layers=8, max_position_embeddings=512)
-    config, n, sdtp, cache = model.config, 400, {2: 0.8, 5: 0.5, 7: 0.0}, KVCache(8)
-    schedule, span = scorers.stages(name, config, sdtp, 16, n)
-    heads = {layer: PruneHead(32) for layer in (2, 5)}
-    labels = dict.fromkeys(sdtp, [torch.rand(n)])
-    how = dict(heads=heads, labels=labels, generators=[torch.Generator()])
-    logits = scorers.method(name, schedule, span, **how)(model, tiny.ids(n), [n], cache)
-    counts = [count for (count,) in cache.alive]
-    cost = sum(executed_flops(config, n, counts)) + cache.extra_flops * (name == "gemfilter")
-    if name == "dense":
-        assert torch.equal(logits, prefill(model, tiny.ids(n))[0]) and schedule == {}
-    elif name in scorers.PEERS:
-        assert cost == pytest.approx(schedule_flops(config, sdtp, n), rel=0.02) and span == 1
-    else:
-        assert (schedule, span) == (sdtp, 16) and counts == [400] * 2 + [320] * 3 + [200] * 2 + [44]
-        if name == "sdtp":
-            assert torch.equal(logits, prefill(model, tiny.ids(n), heads, sdtp, span=16)[0])
+    assert scorers.most_recent(*rows).tolist() == [1, 3, 0]
+    assert scorers.earliest(*rows).tolist() == [-1, -3, 0]
 
 
 def test_refused():
     config = tiny.build(num_hidden_layers=8).config
     with pytest.raises(ValueError, match="unknown method 'magic' .known: dense, sdtp"):
         scorers.method("magic", {})
-    with pytest.raises(
-        ValueError, match="layers .4. cannot cost"
-    ):  # half of the model is before it
+    with pytest.raises(ValueError, match="layers .4. cannot cost"):  # half of it comes before
         scorers.stages("fastkv", config, {0: 0.2}, 1, 60)

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,8 +55,8 @@ def make_labels(layers, n=N, device="cpu"):
 
 
 def run_losses(model, heads, schedule, one=example(), **flags):
-    labels = make_labels(heads, len(one.prompt), model.device)
-    return losses(model, heads, schedule, one, labels, TrainConfig(**flags), seeded())
+    labels, config = make_labels(heads, len(one.prompt), model.device), TrainConfig(**flags)
+    return losses(model, heads, schedule, one, labels, config, seeded())
 
 
 def spy(monkeypatch, owner, name):
@@ -119,9 +118,6 @@ def test_masked_attention_is_stable(dtype):
     q, k, v = (normal(24, 2, 8, seed=seed, dtype=dtype) for seed in (1, 2, 3))
     q, k, alive = 60 * q, 20 * k, (normal(24, seed=4) > 0).to(dtype)
     k[3], alive[3] = q[9], 0.0
-    logits = torch.einsum("ihd,jhd->hij", q.double(), k.double()) / 8**0.5
-    others = torch.where(alive[:9] > 0, logits[:, 9, :9], -math.inf)
-    assert logits.abs().max() > 1000 and (logits[:, 9, 3] > others.amax(-1) + 300).all()
     leaves = [t.requires_grad_() for t in (q, k, v, alive)]
     out, expected = run_masked(*leaves), loop_attention(*(t.detach().double() for t in leaves))
     if dtype == torch.float32:  # bfloat16 has too few digits
@@ -232,19 +228,6 @@ def test_gradient_of_masks_equals_finite_differences(span):
     assert (got[0][(first == 0) & (second == 1)].abs() > 1e-3).any()
 
 
-@pytest.mark.parametrize("span", [1, 4])
-def test_noise_moves_masks(span):
-    """A span lives or dies as one; scores far apart decide alone, near ones do not."""
-    n, score = 200, torch.randperm(200, generator=seeded()).float()
-    free = ~sdtp.is_protected(torch.arange(n), n)
-    for scale, moves in ((1000.0, False), (0.01, True)):
-        masks = [gumbel_mask(score * scale, torch.ones(n), 0.5, span, seeded(i)) for i in range(9)]
-        assert (len({tuple(mask.tolist()) for mask in masks}) > 1) == moves
-        for mask in masks:
-            spans = [set(m[f].tolist()) for m, f in zip(mask.split(span), free.split(span))]
-            assert sum(len(fates) == 2 for fates in spans) <= 1  # the last that is kept, in part
-
-
 # ---------------------------------------------------------------------------- the losses, the loop
 
 
@@ -258,30 +241,25 @@ def loop_rank(scores, labels):
     return total
 
 
-@pytest.mark.parametrize("n", [1, 2, 17])
-def test_rank_loss_equals_double_loop(n):
-    """Ties included; no pair, no loss."""
-    scores, labels = normal(n) * 3, normal(n, seed=1).round()
-    assert rank_loss(scores, labels).item() == pytest.approx(loop_rank(scores, labels), rel=1e-9)
-
-
-def test_sampled_rank_loss_is_unbiased(monkeypatch):
-    """The mean over many draws of the sampled loss is the full one's, ties included."""
+def test_rank_loss(monkeypatch):
+    """Eq. 6, ties included; the mean over many draws of pairs is the sum over all pairs."""
     scores, labels = normal(6) * 5, torch.tensor([1.0, 1.0, 2.0, 5.0, 0.0, 2.0])
+    full, draws = loop_rank(scores, labels), seeded()
+    assert rank_loss(scores, labels).item() == pytest.approx(full)
+    assert rank_loss(scores[:1], labels[:1]) == 0  # no pair
     monkeypatch.setattr(train, "MAX_PAIRS", 14)  # of 15
-    draws, full = seeded(), loop_rank(scores, labels)
     found = torch.stack([rank_loss(scores, labels, draws) for _ in range(3000)])
     assert abs(found.mean() - full) < 4 * found.std() / 3000**0.5 < 0.05 * full
 
 
 def test_losses_equal_loops(monkeypatch):
-    """L_lm, L_mse, L_rank and eq. 8; heads see the prompt alone, losses no protected token."""
+    """L_lm with KL(dense || pruned), L_mse, L_rank, eq. 8; no protected token is in a loss."""
     model, heads, schedule, one = tiny.build(), make_heads(1, 2), {1: 0.8, 2: 0.5}, example()
     labels, seen = make_labels(heads), spy(monkeypatch, model, "logits")
     calls = {layer: spy(monkeypatch, head, "logits") for layer, head in heads.items()}
     for layer in heads:
         labels[layer][~FREE] = math.nan
-    config = TrainConfig(lm_weight=2.0, mse_weight=30.0, rank_weight=0.01)
+    config = TrainConfig(lm_weight=2.0, mse_weight=30.0, rank_weight=0.01, distill=True)
     loss, terms = losses(model, heads, schedule, one, labels, config, seeded())
     mse = rank = 0.0
     for layer, [((x, positions, seqlens, block), pi)] in calls.items():
@@ -292,21 +270,11 @@ def test_losses_equal_loops(monkeypatch):
         rank += loop_rank(*torch.tensor(rows).double().T)
     log_probs = seen[0][1].log_softmax(-1)
     lm = -sum(log_probs[i, token].item() for i, token in enumerate(one.response)) / len(log_probs)
+    dense = model(torch.tensor(one.prompt + one.response))[N - 1 : -1].log_softmax(-1)
+    lm += (dense.exp() * (dense - log_probs)).sum(-1).mean().item()
     terms["loss"], total = loss, 2 * lm + 30 * mse + 0.01 * rank
     expected = {"lm": lm, "mse": mse, "rank": rank, "loss": total}
     assert {name: t.item() for name, t in terms.items()} == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_distill_is_the_kl_divergence(share, monkeypatch):
-    """--distill adds KL(dense || pruned) over the response, which is 0 where nothing is dropped."""
-    model, heads, one = tiny.build(), make_heads(1), example()
-    seen = spy(monkeypatch, model, "logits")
-    plain, more = (run_losses(model, heads, {1: share}, distill=d)[1]["lm"] for d in (False, True))
-    dense = model(torch.tensor(one.prompt + one.response))[N - 1 : -1].log_softmax(-1)
-    kl = (dense.exp() * (dense - seen[0][1].log_softmax(-1))).sum(-1).mean().item()
-    assert (more - plain).item() == pytest.approx(kl, rel=1e-4, abs=1e-5)
-    assert (kl < 1e-9) == (share == 1)
 
 
 def test_learning_rate():
@@ -320,15 +288,13 @@ def read_log(out):
 
 
 def test_heads_learn_and_the_model_stays(tmp_path):
-    """Training changes all of the heads, which learn to rank, and not one byte of the model."""
     model, heads = tiny.build(torch.float32), make_heads(1, 2)
-    modules = torch.nn.ModuleList(heads.values())
-    old = [p.detach().clone() for p in modules.parameters()]
-    before = {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+    modules = torch.nn.ModuleList([model, *heads.values()])
+    before = {name: p.detach().clone() for name, p in modules.named_parameters()}
     config = TrainConfig(out_dir=str(tmp_path), lr=0.01, epochs=5, accumulate=2)
     train.train(model, heads, {1: 0.8, 2: 0.5}, [example(n) for n in range(30, 38)], config)
-    assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
-    assert not any(map(torch.equal, old, modules.parameters()))
+    for name, p in modules.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("0.")  # the model's
     rank = [row["rank"] for row in read_log(tmp_path)]
     assert len(rank) == 20 and sum(rank[-4:]) < 0.95 * sum(rank[:4])
 
@@ -392,10 +358,8 @@ def load_heads(world, out):
 
 
 def test_run_writes_everything(world):
-    """A run leaves heads, the figure, the config, one log row per step and the table."""
     out, log = world / "unbroken", read_log(world / "unbroken")
-    assert (out / "predictions.png").read_bytes()[:4] == b"\x89PNG"
-    assert not (out / "checkpoint.safetensors").exists()
+    assert (out / "predictions.png").is_file() and not (out / "checkpoint.safetensors").exists()
     assert [row["step"] for row in log] == list(range(1, 15)) and log[0].keys() > {"loss", "rank"}
     rows = json.loads((out / "eval.json").read_text())
     assert [r["method"] for r in rows] == ["dense", "sdtp", "random", "most_recent", "teacher"]
@@ -422,10 +386,7 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run(command, stdout=subprocess.DEVNULL, env=env).returncode == -9
     assert len(read_log(out)) == 5 and not (out / "heads").exists()
-    for flags, error in (
-        (STAGES, "holds a run"),
-        ("--resume --lr 0.5", "has --lr 0.002"),
-    ):
+    for flags, error in ((STAGES, "holds a run"), ("--resume --lr 0.5", "has --lr 0.002")):
         with pytest.raises(SystemExit, match=error):
             run(world, "killed", monkeypatch, flags)
     saved = checkpoint.read_bytes()
@@ -442,18 +403,15 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
         run(world, "killed", monkeypatch, "--resume")
 
 
-def test_same_command_same_heads(world, monkeypatch):
-    """Also where it had to begin anew; a user's files stay; each prompt is labelled once."""
-    out, labels = world / "again", spy(monkeypatch, saliency, "label")
-    out.mkdir(parents=True)
-    (out / "notes.txt").write_text("mine")
+def test_a_run_stopped_before_its_first_checkpoint(world, monkeypatch):
+    """It begins anew and ends in the same heads; each prompt is labelled once."""
+    labels = spy(monkeypatch, saliency, "label")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "learning_rate", die_at(2, sys.exit))  # before the first checkpoint
+        patch.setattr(train, "learning_rate", die_at(2, sys.exit))
         run(world, "again", patch)
     run(world, "again", monkeypatch, STAGES + " --resume")
-    assert same_run(out, world / "unbroken") and (out / "notes.txt").read_text() == "mine"
-    labelled = Counter(tuple(args[1].tolist()) for args, _ in labels if isinstance(args[3], dict))
-    assert len(labelled) == 14 + 2 and set(labelled.values()) == {1}  # the table's are its own
+    assert same_run(world / "again", world / "unbroken")
+    assert sum(isinstance(args[3], dict) for args, _ in labels) == 14 + 2  # the table's are its own
 
 
 def test_other_schedules(world, monkeypatch, capsys):
@@ -475,46 +433,8 @@ def test_a_loss_that_is_not_finite(world, monkeypatch):
     assert not (world / "nan" / "heads").exists()
 
 
-@pytest.mark.parametrize("name", cli.RUN_FILES)
-def test_files_in_the_way(tmp_path, name):
-    """A new run overwrites nothing."""
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"holds a run .{name}.: --resume"):
-        cli.resume_flags(TrainConfig(out_dir=str(tmp_path)))
-
-
-REFUSED = [
-    ("--shares 3:0.5", "layer 3"),
-    ("--teacher attention_entropy --over all", "--over has no effect with --teacher"),
-    ("--lm_weight 0 --distill", "--distill has no effect with --lm_weight 0"),
-    ("--data pydoc,x.txt --max_prompt 80", "--max_prompt has no effect with --data"),
-    ("--first_layer 4", "--first_layer"),  # of a model of three layers
-    ("--resume", "config.json does not exist"),
-    ("--ratio 0", "--ratio 0.0"),
-    ("--teacher x", "--teacher x: choose "),
-    ("--epochs 0", "--epochs 0"),
-    ("--lr nan", "--lr nan"),
-    ("--lm_weight 0 --mse_weight 0 --rank_weight 0", "are all 0"),
-    ("--mse_weight 0 --rank_weight 0 --teacher grad_norm", "--teacher has no effect with no label"),
-    (f"{STAGES} --max_prompt 64", "no prompts to train on"),
-]
-for shares in ("1", "1:0.7,", "1:a", "x:0.7", "1:0.7,1:0.6", "1:0.7:1", "1:0"):
-    REFUSED.append((f"--shares {shares}", f"--shares {shares}: "))
-for flag in ("first_layer 4", "step 3", "stages 10", "ratio 0.9"):
-    REFUSED.append((f"--shares 1:0.7 --{flag}", "no effect with --shares"))
-
-
-@pytest.mark.parametrize("flags, error", REFUSED)
-def test_flags_that_are_refused(world, monkeypatch, flags, error):
-    """In one line, and nothing is written."""
-    with pytest.raises(SystemExit, match=error):
-        run(world, "refused", monkeypatch, flags)
-    assert not (world / "refused").exists()
-
-
 @tiny.on_cuda
 def test_cuda_equals_cpu():
-    """A step's loss and gradients on CUDA are the CPU's."""
     model, heads, found = tiny.build(torch.float32), make_heads(1, 2), []
     for device in ("cpu", "cuda"):
         modules = torch.nn.ModuleList([model, *heads.values()]).to(device)
