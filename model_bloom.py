@@ -57,7 +57,7 @@ def alibi_slopes(heads):
 class BloomAttention(nn.Module):
     """Attention with the names and the fused product of BLOOM; see model.Attention."""
 
-    extras = model.Extras()
+    extras, o_proj = model.Extras(), property(lambda self: self.dense)
 
     def __init__(self, config):
         super().__init__()

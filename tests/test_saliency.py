@@ -38,7 +38,11 @@ def finite_differences(model, layer, ids, first, eps=1e-5):
     return x, (up - down) / (2 * eps)
 
 
-@pytest.mark.parametrize("layer, over, fields", [(1, "all", {}), (2, "response", WINDOW)])
+CASES = [(1, "all", {}), (2, "response", WINDOW), (1, "all", tiny.QWEN3)]
+CASES += [(1, "response", tiny.BLOOM), (1, "response", tiny.GPT_OSS)]
+
+
+@pytest.mark.parametrize("layer, over, fields", CASES)
 def test_gradient_teachers_equal_finite_differences(layer, over, fields):
     """grad_x_input is |sum_d dT/dx_d x_d| and grad_norm its L2 norm, over the prompt's tokens."""
     model, ids = tiny.build(**fields), tiny.ids(T)

@@ -19,6 +19,9 @@ MODELS = {  # each with grouped keys
     "full": dict(num_hidden_layers=5),
     "window": dict(num_hidden_layers=5, model_type="mistral", sliding_window=7),
     "window on some layers": dict(num_hidden_layers=5, sliding_window=7, **QWEN2),
+    "qwen3": dict(num_hidden_layers=5, **tiny.QWEN3),
+    "bloom": dict(num_hidden_layers=5, **tiny.BLOOM),
+    "gpt-oss": dict(num_hidden_layers=5, **tiny.GPT_OSS),
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 
@@ -83,7 +86,11 @@ def masked(model, ids, n, heads=None, schedule=(), span=1):
         seen = torch.isin(positions, torch.tensor(alive)) | (distance == 0)
         seen = seen & (distance >= 0) & (distance < (attention.extras.window or len(ids)))
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if attention.extras.sinks is not None:
+            sinks = attention.extras.sinks[:, None, None].expand(-1, len(ids), 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : len(ids)]
         x = x + attention.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         x = x + block.mlp(block.post_attention_layernorm(x))
     return model.logits(x), layers

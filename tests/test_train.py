@@ -128,7 +128,7 @@ def test_masked_attention_is_stable(dtype):
 
 @pytest.mark.parametrize("span", [1, 4])
 @pytest.mark.parametrize("schedule", [{1: 0.6, 2: 0.4}, {0: 0.5, 2: 0.0}])
-@pytest.mark.parametrize("fields", [{}, WINDOW], ids=["llama", "window"])
+@pytest.mark.parametrize("fields", [{}, WINDOW, tiny.QWEN3, tiny.BLOOM, tiny.GPT_OSS])
 def test_masked_forward_equals_removal(fields, schedule, span, monkeypatch):
     """Without noise the masks and the response's logits are those of prefill and decoding."""
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.fill_(1.0))

@@ -22,6 +22,11 @@ SIZES = dict(
 )
 
 
+QWEN3 = dict(model_type="qwen3", head_dim=12)
+BLOOM = dict(model_type="bloom")
+GPT_OSS = dict(model_type="gpt_oss", num_local_experts=4, sliding_window=7)
+
+
 def on_cuda(test):
     """Marks a test that needs a GPU: `pytest -m cuda` runs it."""
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
@@ -40,10 +45,10 @@ def randomise(model, gemma=False, seed=0):
             if p.dtype == torch.uint8:  # MXFP4: any bytes are valid, scales are 2^(byte - 127)
                 bytes = torch.randint(256, p.shape, generator=generator)
                 noise = bytes % 3 + 123 if "scales" in name else bytes
-            elif "norm" in name or "ln_f" in name:
-                noise = 0.3 * noise + (0 if gemma else 1)
-            elif p.dim() == 1 or "bias" in name:
+            elif name.endswith("bias") or name.endswith("sinks"):
                 noise = 0.5 * noise
+            elif p.dim() == 1:  # of a norm
+                noise = 0.3 * noise + (0 if gemma else 1)
             elif "embed" not in name:
                 noise = 1.5 * noise / p.shape[1] ** 0.5
             p.copy_(noise)
