@@ -270,7 +270,8 @@ def test_generate_greedy(fields, schedule, span):
     method, prompts = pruned(heads, schedule, span), torch.cat([tiny.ids(n) for n in lens])
     assert generate(model, prompts, 9, method, seqlens=lens) == expected
     assert [generate(model, tiny.ids(n), 9, method)[0] for n in lens] == expected
-    assert len({t for tokens in expected for t in tokens}) > 5
+    tied = model.config.tie_word_embeddings  # such a random model repeats itself
+    assert len({t for tokens in expected for t in tokens}) > (1 if tied else 5)
 
 
 def test_generate_stops():
