@@ -118,7 +118,7 @@ def join(model, folder):
     for _, name, file in read_tensors(folder):
         if name.removeprefix(model.prefix) in names:  # mapped: what nobody looks at is not read
             whole[name.removeprefix(model.prefix)] = file.get_tensor(name)
-    model.named_parameters = lambda: iter(whole.items())
+    model.named_parameters = lambda recurse=True: iter(whole.items())
     slopes = alibi_slopes(model.config.num_attention_heads).chunk(WORLD)[RANK]
     for block in model.layers:
         block.self_attn.slopes = slopes  # BLOOM's

@@ -117,6 +117,13 @@ def test_divided_prompts(world):
     for name, weight in heads[0].items():
         assert (weight - heads[1][name]).abs().max() <= 1e-6, name
 
+    texts = []
+    for command, processes in ((["sample.py"], 1), (["parallel.py", "sample.py"], 2)):
+        flags = f"--ckpt {world}/tiny --device cpu --dtype float32 --heads {world}/one/heads"
+        flags += f" --prompt {'abcdefghij' * 9} --max_new_tokens 9"
+        texts.append(torchrun(*command, *flags.split(), processes=processes).split(" | first")[0])
+    assert texts[0] == texts[1] and "mean alive" in texts[0]
+
 
 def read_json(out):
     return json.loads(Path(f"{out}.json").read_text())
