@@ -263,10 +263,11 @@ class Results(dict):
                 raise ValueError(f"{path}, line {number}: not a result") from None
         if torn:
             os.truncate(path, sum(len(line) + 1 for line in lines))
+        parallel.wait()  # now the file may grow
 
     def add(self, result):
         self[result["key"]] = result
-        if self.path:
+        if self.path and not (parallel.DIVIDED and parallel.RANK):
             with open(self.path, "a") as file:
                 file.write(json.dumps(result) + "\n")
 

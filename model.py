@@ -108,9 +108,10 @@ class Config:
             types = ["full_attention" if i < full else "sliding_attention" for i in layers]
             raw.setdefault("layer_types", types)
             raw["sliding_window"] = raw["sliding_window"] if raw.get("use_sliding_window") else None
-        if rope.get("rope_type", rope.get("type")) == "dynamic":  # beyond this it stretches
+        kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+        if kind == "dynamic" and isinstance(factor, (int, float)):  # it stretches beyond OLD
             rope[OLD] = raw["max_position_embeddings"]
-            raw["max_position_embeddings"] *= int(rope.get("factor", 1))
+            raw["max_position_embeddings"] = int(rope[OLD] * factor)
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def __post_init__(self):
