@@ -82,8 +82,8 @@ def measured(method, heads, notes):
             if model.config.window(layer) is not None:
                 tokens[layer] = cache[layer].positions[0, :count]
         parts = executed_flops(model.config, seqlens[0], tokens, heads)
-        held = sum(2 * layer.k[:, :, : layer.seqlens[0]].nbytes for layer in cache.layers)
-        notes.update(alive=alive, seconds=seconds, kv_bytes=held)
+        held = [t[:, :, : c.seqlens[0]].nbytes for c in cache.layers for t in (c.k, c.v)]
+        notes.update(alive=alive, seconds=seconds, kv_bytes=sum(held))
         notes.update(flops=sum(parts) + cache.extra_flops, head_flops=parts[-1])
         return logits
 
