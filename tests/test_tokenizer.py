@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, processors, trainers
 from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
@@ -23,6 +24,9 @@ TEMPLATE = (
     "  {% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
     "<|im_start|>{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
     "{% for x in 'ab' %}{{ x }}{% break %}{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
+    "{% set x = 1 %}{% generation -%}\n {% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    "{{ strftime_now('%Y') }}{{ messages | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1} | tojson }}"
+    "{{ sep_token }}{{ pad_token is defined }}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": " the dog "}, {"role": "assistant", "content": "12"}]
@@ -31,8 +35,8 @@ LLAMA = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_
 
 def bpe(folder, config=LLAMA, bos=False, truncation=False):
     """The folder, with a byte-level tokenizer.json."""
-    library, alphabet = Library(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library, alphabet = Library(models.BPE()), pre.ByteLevel.alphabet()
+    library.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
     how = dict(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
@@ -85,19 +89,22 @@ def test_bpe_is_transformers(tmp_path, case):
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_sentencepiece_is_transformers(tmp_path, legacy):
-    added = ["<|im_start|>", "<|im_start|>x"]
-    config = {"added_tokens_decoder": {str(340 + i): {"content": added[i]} for i in (0, 1)}}
-    ours = Tokenizer(spm(tmp_path, {} if legacy is None else config | {"legacy": legacy}))
+    added = [{"content": token, "special": True} for token in ("<|im_start|>", "<|im_start|>x")]
+    added += [{"content": "dog", "lstrip": True, "single_word": True, "normalized": True}]
+    config, llama = {"added_tokens_decoder": {}}, {"tokenizer_class": "LlamaTokenizer"}
+    config["added_tokens_decoder"] = {340 + i: token for i, token in enumerate(added)}
+    config = llama if legacy is None else llama | config | {"legacy": legacy}
+    ours = Tokenizer(spm(tmp_path, config))
     lib = SentencePieceProcessor(model_proto=spm_model())
     vocab = {lib.id_to_piece(i): i for i in range(340)}
     merges = generate_merges(vocab, {lib.id_to_piece(i): lib.get_score(i) for i in range(340)})
     theirs = LlamaTokenizer(vocab, merges, legacy=bool(legacy), add_bos_token=True)
     if legacy is not None:
-        theirs.add_special_tokens({"additional_special_tokens": added})
+        theirs.add_tokens([AddedToken(**token) for token in added])
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_token_id, ours.eos_token_ids, ours.adds_bos) == (1, [2], True)
     for text in TEXTS:
-        if not any(token in text for token in SPECIAL):
+        if not any(token in text for token in [*SPECIAL, "dog"]):
             assert ours.encode(text) == (ids := [1] + lib.encode(text)) and ours.decode(ids) == text
         if text.startswith(" ") or legacy and "> " in text:
             continue  # transformers puts no "▁" before a space; sentencepiece does
@@ -114,14 +121,85 @@ def test_sentencepiece_adds_what_the_config_says(tmp_path):
     assert Tokenizer(spm(tmp_path, {"add_eos_token": True})).encode("the")[-1] == 2
 
 
-@pytest.mark.parametrize("form", ["string", "list", "file"])
+def flags(content, **more):
+    return {"content": content, "lstrip": False, "rstrip": False, "special": True, **more}
+
+
+DECODER = {300: flags("<|end|>"), 301: flags("<x>", special=False), 302: flags("dog", lstrip=True)}
+ADDED = {  # (tokenizer_config.json, special_tokens_map.json, added_tokens.json)
+    "decoder": (
+        {"eos_token": "<|end|>", "added_tokens_decoder": DECODER},
+        {"eos_token": "<x>"},
+        {},
+    ),
+    "older files": ({}, {"eos_token": flags("<|end|>", rstrip=True)}, {"<x>": 301, "<|end|>": 300}),
+    "named": ({"mask_token": "<x>", "image_token": "dog", "pad_token": "<|end|>"}, {}, {}),
+    "extra list": ({"additional_special_tokens": ["<x>", "dog"]}, {}, {}),
+    "extra dict": ({"extra_special_tokens": {"boi_token": "<x>"}, "eos_token": "<|end|>"}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_tokens_are_transformers(tmp_path, case):
+    config, special, added = ADDED[case]
+    bpe(tmp_path, LLAMA | config)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs) and ours.eos_token_ids == [theirs.eos_token_id]
+    for text in [*TEXTS, "the <|end|> dog<x>", "<|end|>\nx"]:
+        assert ours.encode(text) == (ids := theirs.encode(text))
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_added_tokens_beside_a_sentencepiece_model(tmp_path):
+    """In the older files alone; one that is not special is not skipped in decoding."""
+    spm(tmp_path, {"legacy": False})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 341, "<|end|>": 340}')
+    tokenizer, lib = Tokenizer(tmp_path), SentencePieceProcessor(model_proto=spm_model())
+    assert tokenizer.encode("dog<|end|><x>") == (ids := [1, *lib.encode("dog"), 340, 341])
+    assert tokenizer.decode([*ids, 999]) == "dog<x>" and tokenizer.eos_token_ids == [2, 340]
+
+
+@pytest.mark.parametrize("folder", [bpe, spm])
+def test_gap_before_an_added_token_is_refused(tmp_path, folder):
+    config = {"added_tokens_decoder": {999: flags("<y>")}}
+    with pytest.raises(ValueError, match="gap before its id 999 is not supported"):
+        Tokenizer(folder(tmp_path, config))
+
+
+def test_llama_class_goes_before_tokenizer_json(tmp_path):
+    """transformers 5 builds LlamaTokenizer anew: no space after a special token, unless legacy."""
+    config = {"tokenizer_class": "LlamaTokenizer"}
+    library = Library(models.BPE({t: i for i, t in enumerate([*SPECIAL, "▁", "a"])}, []))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    library.normalizer = normalizers.Sequence(steps)
+    library.add_special_tokens(SPECIAL)
+    library.save(str(tmp_path / "tokenizer.json"))
+    for model_type, legacy in ("llama", False), ("llama", True), ("mistral", False):
+        for name, value in ("config", {"model_type": model_type}), ("tokenizer_config", config):
+            (tmp_path / f"{name}.json").write_text(json.dumps({"legacy": legacy, **value}))
+        ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("a</s>a", " a </s> a"):
+            assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("form", ["string", "list", "dict", "file", "folder"])
 def test_chat_template_is_transformers(tmp_path, form):
     """With one BOS in what is encoded, whether or not the tokenizer adds its own."""
     several = [{"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}]
-    value = {"string": TEMPLATE, "list": several, "file": "no"}[form]
-    folder = bpe(tmp_path, {**LLAMA, "chat_template": value}, bos=form == "list")
+    named = {"rag": "no", "default": TEMPLATE}
+    value = {"string": TEMPLATE, "list": several, "dict": named}.get(form, "no")
+    folder = bpe(
+        tmp_path, {**LLAMA, "chat_template": value, "sep_token": "<x>"}, bos=form == "list"
+    )
     if form == "file":
         (folder / "chat_template.jinja").write_text(TEMPLATE)
+    if form == "folder":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates/default.jinja").write_text(TEMPLATE)
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for prompt in (True, False):
         text = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt, tokenize=False)
@@ -136,6 +214,11 @@ def test_chat_template_errors(tmp_path):
     with pytest.raises(ValueError, match="no tools"):
         tokenizer = Tokenizer(bpe(tmp_path, {"chat_template": TEMPLATE}))
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}])
+    with pytest.raises(ValueError, match="rag. without default: not supported"):
+        config = {"chat_template": [{"name": "rag", "template": "no"}]}
+        Tokenizer(bpe(tmp_path, config)).apply_chat_template(MESSAGES)
+    with pytest.raises(ValueError, match="not supported: Encountered unknown tag 'x'"):
+        Tokenizer(bpe(tmp_path, {"chat_template": "{% x %}"})).apply_chat_template(MESSAGES)
     messages = list(MESSAGES)
     for attack in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1] }}"):
         with pytest.raises(ValueError, match="unsafe|undefined"):
