@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 import tokenizers
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -108,7 +109,7 @@ def chat_template(folder, found):
     return found.get("default", found) if isinstance(found, dict) else found
 
 
-class GenerationBlock(jinja2.ext.Extension):
+class GenerationBlock(Extension):
     """{% generation %} ... {% endgeneration %}: marks what the assistant says, and writes it."""
 
     tags = {"generation"}

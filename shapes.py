@@ -1,0 +1,133 @@
+"""Shapes of known models, and the memory that they need: `python download.py --plan NAME`.
+
+Nothing is loaded for it: a model on the meta device has shapes, and no memory.
+"""
+
+import torch
+
+import cli
+from download import HUB, existing, hub_files
+from flops import alive_per_layer
+from model import Config, Transformer, auto_dtype, read_json
+from saliency import must_recompute
+from sdtp import PruneHead, paper_schedule
+
+TIED = {"tie_word_embeddings": True}
+EXPERTS = {"num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128}
+SHAPES = {  # family, vocabulary, hidden and intermediate size, layers, heads, KV heads, others
+    "10m": ("llama", 8192, 256, 768, 10, 4, 2, TIED),
+    "135m": ("llama", 49152, 576, 1536, 30, 9, 3, TIED),  # SmolLM2's
+    "360m": ("llama", 49152, 960, 2560, 32, 15, 5, TIED),
+    "1b": ("llama", 128256, 2048, 8192, 16, 32, 8, TIED),  # Llama 3.2's
+    "qwen3-0.6b": ("qwen3", 151936, 1024, 3072, 28, 16, 8, {"head_dim": 128, **TIED}),
+    "llama2-7b": ("llama", 32000, 4096, 11008, 32, 32, 32, {}),
+    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": None}),  # v0.2
+    "qwen2-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, {}),
+    "gemma-7b": ("gemma", 256000, 3072, 24576, 28, 16, 16, {"head_dim": 256}),
+    "bloom-7b": ("bloom", 250880, 4096, 16384, 30, 32, 32, TIED),
+    "gpt-oss-20b": ("gpt_oss", 201088, 2880, 2880, 24, 64, 8, EXPERTS),
+}
+
+
+def shape_fields(name, layers=0, positions=1):
+    """The config.json fields of a shape; layers: 0 for its own. ValueError names the flag."""
+    if name not in SHAPES:
+        raise ValueError(f"--shape {name}: choose {', '.join(SHAPES)}")
+    family, vocab, hidden, intermediate, own, heads, kv_heads, more = SHAPES[name]
+    return {
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers or own,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        **more,
+    }
+
+
+def empty_model(raw):
+    """The model of a config.json's dict on the meta device; ValueError for one that is refused."""
+    with torch.device("meta"):
+        return Transformer(Config.from_dict(raw))  # the one place that knows of a single family
+
+
+PROMPT, RESPONSE = 512, 128  # tokens, for labels and training
+# resident memory of a process on a CPU over its tensors alive, measured: malloc keeps holes
+SLACK = {"prefill": 1.6, "labels": 1.4, "training": 1.4}
+
+
+def peak_bytes(model, job, n=PROMPT, schedule=None):
+    """The memory that a job needs, about: weights + SLACK * the other tensors alive, in bytes.
+
+    model: on the meta device, in the dtype to run in; job: "prefill" of n tokens by a schedule,
+    "labels" or "training" at the schedule's stages, of n tokens and RESPONSE more.
+
+    prefill: the keys and values of all layers so far, and for each token of one block three hidden
+    states, queries, keys, values and attention's output, or four hidden states beside the MLP's
+    products of the rows that it takes at a time.
+    labels, training: for each block from the first stage on what autograd holds: two hidden states
+    in float32, queries, keys, values and output (training: for each query head, and what a token
+    sees), three products of the MLP; where saliency.must_recompute says so the blocks' inputs, and
+    this for one of them. The response's logits and three more of their size, in float32. Training:
+    L_rank's pairs, and the heads with gradients and AdamW's two moments.
+    Not counted: libraries (0.4 GB), and what the backward of one block holds for a moment.
+    """
+    c, e = model.config, next(model.parameters()).itemsize
+    d, layers = c.hidden_size, c.num_hidden_layers
+    f = c.intermediate_size * getattr(c, "num_experts_per_tok", 1)
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+    if job == "prefill":
+        cache = peak = 0
+        for rows in alive_per_layer(schedule, n, layers):
+            cache += e * rows * 2 * kv
+            attention = rows * (3 * d + 2 * q + 2 * kv)
+            mlp = rows * 4 * d + min(rows, 512) * (2 * d + 3 * f)  # 512: model.in_chunks
+            peak = max(peak, cache + e * max(attention, mlp))
+        return weights + SLACK[job] * peak
+    tokens, training = n + RESPONSE, job == "training"
+    held = 2 * d * 4 + e * (3 * f + (4 * q if training else 2 * q + 2 * kv)) + training * tokens
+    recompute = must_recompute(model, tokens)
+    alive = tokens * (layers * d * e + held if recompute else (layers - min(schedule)) * held)
+    alive += 16 * RESPONSE * c.vocab_size
+    if training:
+        head = sum(w.numel() for w in PruneHead(d).parameters())
+        alive += len(schedule) * (16 * head + 12 * n**2)
+    return weights + SLACK[job] * alive
+
+
+def print_plan(name):
+    """--plan: where a checkpoint comes from, its licence and files, and what jobs on it need."""
+    folder, (repo, licence, shape) = existing(name), HUB.get(name, ("", "", ""))
+    if folder is None and not repo:
+        raise ValueError(f"{name}: neither a folder nor one of {', '.join(HUB)}")
+    raw = read_json(folder / "config.json") if folder else shape_fields(shape)
+    if name == "gpt-oss-20b":
+        raw = {"quantization_config": {"quant_method": "mxfp4"}} | raw  # as the hub has it
+    dtype = auto_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    model = empty_model(raw).to(dtype)
+    stages = paper_schedule(len(model.layers))
+    if repo:
+        print(f"{repo} on the Hugging Face hub, licence: {licence}")
+    try:
+        files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())} if folder else {}
+        files = files or hub_files(repo, "sizes are by its shape")[1]
+        for file, size in files.items():
+            print(f"{size / 1e9:9.3f} GB  {file}")
+        print(f"{sum(files.values()) / 1e9:9.3f} GB  in all")
+    except OSError as error:
+        weights = sum(t.numel() * min(t.itemsize, 2) for t in model.state_dict().values())
+        print(f"{error}: about {weights / 1e9:.1f} GB in 16 bits")
+    column = f"GB in {str(dtype).removeprefix('torch.')}"
+    rows = []
+    for job in ("labels", "training"):
+        what = f"{job}, {PROMPT} + {RESPONSE} tokens"
+        rows.append({column: what, "dense": peak_bytes(model, job, PROMPT, stages) / 1e9})
+    for n in (4096, 32768):
+        dense, pruned = (peak_bytes(model, "prefill", n, s) / 1e9 for s in ({}, stages))
+        rows.append({column: f"prefill of {n:,} tokens", "dense": dense, "pruned": pruned})
+    cli.print_table(
+        rows, {column: "{%s}" % column, "dense": "{dense:.1f}", "pruned": "{pruned:.1f}"}
+    )
