@@ -54,12 +54,11 @@ def empty_model(raw):
 
 
 PROMPT, RESPONSE = 512, 128  # tokens, for labels and training
-# resident memory of a process on a CPU over its tensors alive, measured: malloc keeps holes
-SLACK = {"prefill": 1.6, "labels": 1.4, "training": 1.4}
+HOLES = 60e6  # bytes that malloc keeps between tensors: measured on a CPU, a process as a whole
 
 
 def peak_bytes(model, job, n=PROMPT, schedule=None):
-    """The memory that a job needs, about: weights + SLACK * the other tensors alive, in bytes.
+    """Bytes of memory that a job needs, about: weights, other tensors alive at once, and HOLES.
 
     model: on the meta device, in the dtype to run in; job: "prefill" of n tokens by a schedule,
     "labels" or "training" at the schedule's stages, of n tokens and RESPONSE more.
@@ -70,8 +69,9 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
     labels, training: for each block from the first stage on what autograd holds: two hidden states
     in float32, queries, keys, values and output (training: for each query head, and what a token
     sees), three products of the MLP; where saliency.must_recompute says so the blocks' inputs, and
-    this for one of them. The response's logits and three more of their size, in float32. Training:
-    L_rank's pairs, and the heads with gradients and AdamW's two moments.
+    this for one of them. The response's logits and three more of their size, in float32, of which
+    two are left when blocks are computed again. Training: L_rank's pairs, and the heads with
+    gradients and AdamW's two moments.
     Not counted: libraries (0.4 GB), and what the backward of one block holds for a moment.
     """
     c, e = model.config, next(model.parameters()).itemsize
@@ -86,16 +86,18 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
             attention = rows * (3 * d + 2 * q + 2 * kv)
             mlp = rows * 4 * d + min(rows, 512) * (2 * d + 3 * f)  # 512: model.in_chunks
             peak = max(peak, cache + e * max(attention, mlp))
-        return weights + SLACK[job] * peak
-    tokens, training = n + RESPONSE, job == "training"
+        return weights + peak + HOLES
+    tokens, training, logits = n + RESPONSE, job == "training", 4 * RESPONSE * c.vocab_size
     held = 2 * d * 4 + e * (3 * f + (4 * q if training else 2 * q + 2 * kv)) + training * tokens
-    recompute = must_recompute(model, tokens)
-    alive = tokens * (layers * d * e + held if recompute else (layers - min(schedule)) * held)
-    alive += 16 * RESPONSE * c.vocab_size
+    blocks = tokens * (layers - min(schedule))
+    if must_recompute(model, tokens):
+        alive = blocks * d * e + max(4 * logits, tokens * held + 2 * logits)
+    else:
+        alive = blocks * held + 4 * logits
     if training:
         head = sum(w.numel() for w in PruneHead(d).parameters())
         alive += len(schedule) * (16 * head + 12 * n**2)
-    return weights + SLACK[job] * alive
+    return weights + alive + HOLES
 
 
 def print_plan(name):

@@ -182,10 +182,10 @@ def test_folders_come_first(tmp_path, monkeypatch, capsys):
 class Hub:
     """A repository as mistral-7b's, with what others have; error: comes instead of the weights."""
 
-    files = ["config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.json"]
-    files += ["additional_chat_templates/rag.jinja", "chat_template.jinja"]
-    unwanted = ["model.bin", "pytorch_model.bin.index.json", "original/model.safetensors"]
-    unwanted += ["metal/model.bin", "original/config.json", "consolidated.safetensors", "README.md"]
+    files = ["config.json", "model-1.safetensors", "additional_chat_templates/rag.jinja"]
+    files += ["tokenizer.model", "tokenizer.json", "chat_template.jinja"]
+    unwanted = ["model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors"]
+    unwanted += ["README.md", "original/config.json", "metal/model.safetensors"]
 
     def __init__(self, monkeypatch, error=None, **config):
         self.error, self.config, self.asked = error, {**CONFIG, **config}, []
@@ -199,13 +199,12 @@ class Hub:
     def snapshot_download(self, repo, revision, allow_patterns, local_dir):
         assert revision == "c0ffee" and local_dir.parent.name == "checkpoints"
         self.asked += allow_patterns
-        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
-        (local_dir / "additional_chat_templates").mkdir(exist_ok=True)
-        (local_dir / "config.json").write_text(json.dumps(self.config))
         if len(allow_patterns) > 1 and self.error:
             raise self.error
-        found = self.files + self.unwanted
-        for file in huggingface_hub.utils.filter_repo_objects(found, allow_patterns=allow_patterns):
+        every = [".cache/notes", *self.files, *self.unwanted]
+        allow = [".cache/*", *allow_patterns]
+        for file in huggingface_hub.utils.filter_repo_objects(every, allow_patterns=allow):
+            (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
             (local_dir / file).write_text(json.dumps(self.config))
 
 
@@ -231,8 +230,8 @@ def test_hub_resumes_and_is_never_partial(monkeypatch, says):
     assert left() == [".mistral-7b.partial"]
     hub.error = None
     folder = download.checkpoint_folder("mistral-7b")
-    found = [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
-    assert left() == ["mistral-7b"] and sorted(found) == sorted(Hub.files)
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*.*")}
+    assert left() == ["mistral-7b"] and found == {*Hub.files}
 
 
 def test_dolly(monkeypatch):
@@ -240,9 +239,7 @@ def test_dolly(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "dataset_info", no_route)
     with pytest.raises(OSError, match=r"\(no route\); pass --data FILE\.jsonl"):
         download.dolly_file()
-    fetch = Mock()
     monkeypatch.setattr(huggingface_hub, "dataset_info", Mock())
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    file = download.dolly_file()
-    assert file == Path("checkpoints/databricks-dolly-15k.jsonl")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch := Mock())
+    assert (file := download.dolly_file()) == Path("checkpoints/databricks-dolly-15k.jsonl")
     fetch.assert_called_with(download.DOLLY, file.name, repo_type="dataset", local_dir=file.parent)
