@@ -26,7 +26,8 @@ from cli import clock
 from download import DEFAULT
 from eval_tasks import parse, plans
 from flops import alive_per_layer, executed_flops, paper_flops
-from model import Config, KVCache, Transformer, auto_dtype
+from memory import empty_model, shape_fields
+from model import Config, KVCache, auto_dtype
 from sdtp import PruneHead, generate, paper_schedule, prefill
 
 
@@ -53,48 +54,19 @@ class BenchConfig:
 DENSE = "dense", 0.0  # the method and budget that others are compared with
 RESPONSE = 64  # --marking: so many of the last tokens are the response
 
-# ---------------------------------------------------------------------------- shapes
-
-TIED = {"tie_word_embeddings": True}
-SHAPES = {  # family, vocabulary, hidden and intermediate size, layers, heads, KV heads, others
-    "10m": ("llama", 8192, 256, 768, 10, 4, 2, TIED),
-    "135m": ("llama", 49152, 576, 1536, 30, 9, 3, TIED),  # SmolLM2's
-    "360m": ("llama", 49152, 960, 2560, 32, 15, 5, TIED),
-    "1b": ("llama", 128256, 2048, 8192, 16, 32, 8, TIED),  # Llama 3.2's
-    "llama2-7b": ("llama", 32000, 4096, 11008, 32, 32, 32, {}),
-    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": None}),  # v0.2
-    "qwen2-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, {}),
-    "gemma-7b": ("gemma", 256000, 3072, 24576, 28, 16, 16, {"head_dim": 256}),
-}
-
-
-def shape_fields(name, layers=0, positions=1):
-    """The config.json fields of a shape; layers: 0 for its own. ValueError names the flag."""
-    if name not in SHAPES:
-        raise ValueError(f"--shape {name}: choose {', '.join(SHAPES)}")
-    family, vocab, hidden, intermediate, own, heads, kv_heads, more = SHAPES[name]
-    return {
-        "model_type": family,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers or own,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": positions,
-        **more,
-    }
+# ---------------------------------------------------------------------------- models
 
 
 def random_model(fields, dtype="auto", device="cpu"):
     """A Transformer of a config.json's fields with weights normal * 0.02, made in dtype."""
     dtype = auto_dtype(device) if dtype == "auto" else dtype
-    with torch.device("meta"):
-        model = Transformer(Config.from_dict(fields))
-    state = {}
+    model, state = empty_model(fields), {}
     for name, p in model.state_dict().items():
-        state[name] = torch.ones(p.shape, dtype=dtype, device=device)
-        if "norm" not in name:
+        kind = dtype if p.is_floating_point() else p.dtype
+        state[name] = torch.ones(p.shape, dtype=kind, device=device)
+        if kind == torch.uint8:  # MXFP4: scales of about 2^-7
+            state[name].random_(118, 123)
+        elif "norm" not in name:
             state[name].normal_(0, 0.02)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)

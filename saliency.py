@@ -7,7 +7,6 @@ One dense forward and one backward give the labels of all layers at once. Nothin
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import cli
+import memory
 from data import prompt_text
 from download import DEFAULT
 from model import attention_weights
@@ -92,7 +92,7 @@ def dense_states(model, ids, layers, gradients=False):
     gradients: the graph starts at the first of the layers: nothing before it needs one.
     """
     x, positions, states = model.embed(ids), model.positions([len(ids)]), {}
-    recompute = gradients and must_recompute(model, len(ids))
+    recompute = gradients and memory.must_recompute(model, len(ids))
     for layer, block in enumerate(model.layers):
         if layer in layers:
             if gradients and not states:
@@ -101,22 +101,6 @@ def dense_states(model, ids, layers, gradients=False):
         run = partial(checkpoint, block, use_reentrant=False) if recompute and states else block
         x = run(x, positions, [len(ids)])
     return states, x
-
-
-def must_recompute(model, tokens):
-    """Whether a backward pass over so many tokens must compute its blocks twice, to save memory.
-
-    All blocks together keep about 12 vectors of the hidden size and 4 of the MLP's for each token.
-    That should be less than half of a GPU's free memory, or a quarter of a computer's memory.
-    """
-    c, weight = model.config, model.norm.weight
-    width = 12 * c.hidden_size + 4 * c.intermediate_size
-    needed = tokens * c.num_hidden_layers * width * weight.itemsize
-    if weight.is_cuda:
-        return needed > torch.cuda.mem_get_info(weight.device)[0] / 2
-    if not hasattr(os, "sysconf"):  # Windows does not say
-        return False
-    return needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
 
 
 @torch.no_grad()

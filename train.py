@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import cli
 import data
 import eval_tasks
+import memory
 import parallel
 import saliency
 import sdtp
@@ -229,7 +230,7 @@ def losses(model, heads, schedule, example, labels, config, generator):
     n, ids = len(example.prompt), torch.tensor(example.prompt + example.response)
     ids = ids.to(model.device)
     x, positions = model.embed(ids), model.positions([len(ids)])
-    recompute = saliency.must_recompute(model, len(ids))
+    recompute = memory.must_recompute(model, len(ids))
     free, alive = ~sdtp.is_protected(positions[:n], n), torch.ones(n, device=model.device)
     mse, rank, score = 0.0, 0.0, None
     for layer, block in enumerate(model.layers):

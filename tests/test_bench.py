@@ -11,8 +11,9 @@ from test_sdtp import checkpoint_with_heads
 import bench
 import cli
 import flops
-from bench import SHAPES, cpu_peak_bytes, interleaved, shape_fields, work
-from model import Config, Transformer
+from bench import cpu_peak_bytes, interleaved, work
+from memory import SHAPES, empty_model, shape_fields
+from model import Transformer
 from sdtp import PruneHead, dense, generate, prefill, pruned
 
 QUICK = "--new_tokens 3 --repeats 1 --dtype float32 --device cpu"
@@ -116,20 +117,23 @@ PUBLISHED = {  # millions of parameters, from the model cards; 10m is ours
     "135m": 134.5,
     "360m": 361.8,
     "1b": 1235.8,
+    "qwen3-0.6b": 596.0,
     "llama2-7b": 6738.4,
     "mistral-7b": 7241.7,
     "qwen2-7b": 7615.6,
     "gemma-7b": 8537.7,
+    "bloom-7b": 7069.0,
+    "gpt-oss-20b": 20914.8,
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
-    """Each shape has the parameters of the model that it is named after, and no window."""
-    config = Config.from_dict(shape_fields(name))
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Transformer(config).parameters())
-    assert count / 1e6 == pytest.approx(PUBLISHED[name], rel=2e-3) and config.window(0) is None
+    """Each shape has the parameters of the model that it is named after, and windows if it does."""
+    model = empty_model({**shape_fields(name), "quantization_config": None})
+    count = sum(p.numel() for p in model.parameters())
+    assert count / 1e6 == pytest.approx(PUBLISHED[name], rel=2e-3)
+    assert model.config.window(0) == (128 if name == "gpt-oss-20b" else None)
 
 
 def test_transformers_generate(tmp_path):

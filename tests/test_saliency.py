@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+import memory
 import saliency
 from data import Example
 from model import Transformer
@@ -90,7 +91,7 @@ def test_blocks_that_are_recomputed(recompute, monkeypatch):
     expected = label(model, ids, N, [1, 2])
     for layer, block in enumerate(model.layers):
         block.register_forward_pre_hook(lambda _, args, at=layer: calls.append((at, args[0])))
-    monkeypatch.setattr(saliency, "must_recompute", lambda model, tokens: recompute)
+    monkeypatch.setattr(memory, "must_recompute", lambda model, tokens: recompute)
     got = label(model, ids, N, [1, 2])
     assert all(torch.equal(got[layer], expected[layer]) for layer in (1, 2))
     wanted = [(0, False), *[(1, True)] * (1 + recompute), *[(2, True)] * (1 + recompute)]
@@ -102,7 +103,7 @@ def test_must_recompute(monkeypatch):
     kept = 3 * (12 * 32 + 4 * 48) * 4  # bytes of a token: layers, widths, float32
     sizes = {"SC_PHYS_PAGES": 4 * 100, "SC_PAGE_SIZE": kept}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
-    found = [saliency.must_recompute(tiny.build(torch.float32), n) for n in (99, 100, 101)]
+    found = [memory.must_recompute(tiny.build(torch.float32), n) for n in (99, 100, 101)]
     assert found == [False, False, True]
 
 

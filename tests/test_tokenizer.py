@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, processors, trainers
 from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
@@ -23,6 +24,9 @@ TEMPLATE = (
     "  {% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
     "<|im_start|>{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
     "{% for x in 'ab' %}{{ x }}{% break %}{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
+    "{% set x = 1 %}{% generation -%}\n {% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    "{{ strftime_now('%Y') }}{{ messages | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1} | tojson }}"
+    "{{ sep_token }}{{ pad_token is defined }}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": " the dog "}, {"role": "assistant", "content": "12"}]
@@ -31,8 +35,8 @@ LLAMA = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_
 
 def bpe(folder, config=LLAMA, bos=False, truncation=False):
     """The folder, with a byte-level tokenizer.json."""
-    library, alphabet = Library(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library, alphabet = Library(models.BPE()), pre.ByteLevel.alphabet()
+    library.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
     how = dict(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
@@ -85,19 +89,22 @@ def test_bpe_is_transformers(tmp_path, case):
 
 @pytest.mark.parametrize("legacy", [None, False, True])
 def test_sentencepiece_is_transformers(tmp_path, legacy):
-    added = ["<|im_start|>", "<|im_start|>x"]
-    config = {"added_tokens_decoder": {str(340 + i): {"content": added[i]} for i in (0, 1)}}
-    ours = Tokenizer(spm(tmp_path, {} if legacy is None else config | {"legacy": legacy}))
+    added = [{"content": token, "special": True} for token in ("<|im_start|>", "<|im_start|>x")]
+    added += [{"content": "dog", "lstrip": True, "single_word": True, "normalized": True}]
+    config = {"tokenizer_class": "LlamaTokenizer"}
+    if legacy is not None:
+        config |= {"legacy": legacy, "added_tokens_decoder": dict(enumerate(added, 340))}
+    ours = Tokenizer(spm(tmp_path, config))
     lib = SentencePieceProcessor(model_proto=spm_model())
     vocab = {lib.id_to_piece(i): i for i in range(340)}
     merges = generate_merges(vocab, {lib.id_to_piece(i): lib.get_score(i) for i in range(340)})
     theirs = LlamaTokenizer(vocab, merges, legacy=bool(legacy), add_bos_token=True)
     if legacy is not None:
-        theirs.add_special_tokens({"additional_special_tokens": added})
+        theirs.add_tokens([AddedToken(**token) for token in added])
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_token_id, ours.eos_token_ids, ours.adds_bos) == (1, [2], True)
     for text in TEXTS:
-        if not any(token in text for token in SPECIAL):
+        if not any(token in text for token in [*SPECIAL, "dog"]):
             assert ours.encode(text) == (ids := [1] + lib.encode(text)) and ours.decode(ids) == text
         if text.startswith(" ") or legacy and "> " in text:
             continue  # transformers puts no "▁" before a space; sentencepiece does
@@ -108,20 +115,69 @@ def test_sentencepiece_is_transformers(tmp_path, legacy):
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
 
 
-def test_sentencepiece_adds_what_the_config_says(tmp_path):
-    tokenizer = Tokenizer(spm(tmp_path, {"add_bos_token": False}))
-    assert tokenizer.encode("the")[0] != 1 and not tokenizer.adds_bos
-    assert Tokenizer(spm(tmp_path, {"add_eos_token": True})).encode("the")[-1] == 2
+END = {"content": "<|end|>", "special": True}
+DECODER = {300: END, 301: {"content": "<x>"}, 302: {"content": "dog", "lstrip": True}}
+ADDED = [  # (tokenizer_config.json, special_tokens_map.json, added_tokens.json)
+    ({"added_tokens_decoder": DECODER, "eos_token": "<|end|>"}, {"eos_token": "<x>"}, {}),
+    ({}, {"eos_token": END | {"rstrip": True}}, {"<x>": 301, "<|end|>": 300}),
+    ({"mask_token": "<x>", "image_token": "dog", "pad_token": "<|end|>"}, {}, {}),
+    ({"additional_special_tokens": ["<x>", "dog"]}, {}, {}),
+    ({"extra_special_tokens": {"boi_token": "<x>"}, "eos_token": "<|end|>"}, {}, {}),
+]
 
 
-@pytest.mark.parametrize("form", ["string", "list", "file"])
+@pytest.mark.parametrize("config, special, added", ADDED)
+def test_added_tokens_are_transformers(tmp_path, config, special, added):
+    bpe(tmp_path, LLAMA | config)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs) and ours.eos_token_ids == [theirs.eos_token_id]
+    for text in [*TEXTS, "the <|end|> dog<x>", "<|end|>\nx"]:
+        assert ours.encode(text) == (ids := theirs.encode(text))
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_added_tokens_beside_a_sentencepiece_model(tmp_path):
+    """In the older files alone; one that is not special is not skipped in decoding."""
+    spm(tmp_path, {"legacy": False, "add_bos_token": False, "add_eos_token": True})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 341, "<|end|>": 340}')
+    tokenizer, lib = Tokenizer(tmp_path), SentencePieceProcessor(model_proto=spm_model())
+    assert tokenizer.encode("dog<|end|><x>") == (ids := [*lib.encode("dog"), 340, 341, 340])
+    assert tokenizer.decode([*ids, 999]) == "dog<x>" and not tokenizer.adds_bos
+    assert tokenizer.eos_token_ids == [2, 340]
+    with pytest.raises(ValueError, match="a gap before its id 999 is not supported"):
+        Tokenizer(spm(tmp_path, {"added_tokens_decoder": {999: END}}))
+
+
+def test_llama_class_goes_before_tokenizer_json(tmp_path):
+    """transformers 5 builds LlamaTokenizer anew: no space after a special token, unless legacy."""
+    config = {"tokenizer_class": "LlamaTokenizer"}
+    library = Library(models.BPE({t: i for i, t in enumerate([*SPECIAL, "▁", "a"])}, []))
+    library.normalizer = normalizers.Prepend("▁")
+    library.add_special_tokens(SPECIAL)
+    library.save(str(tmp_path / "tokenizer.json"))
+    for family, legacy in ("llama", False), ("llama", True), ("mistral", False):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy}))
+        ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("a</s>a", " a </s> a"):
+            assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("form", ["string", "list", "dict", "chat_template", "default"])
 def test_chat_template_is_transformers(tmp_path, form):
     """With one BOS in what is encoded, whether or not the tokenizer adds its own."""
     several = [{"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}]
-    value = {"string": TEMPLATE, "list": several, "file": "no"}[form]
-    folder = bpe(tmp_path, {**LLAMA, "chat_template": value}, bos=form == "list")
-    if form == "file":
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    value = {"string": TEMPLATE, "list": several, "dict": {"default": TEMPLATE}}.get(form, "no")
+    config = {**LLAMA, "chat_template": value, "sep_token": "<x>"}
+    folder = bpe(tmp_path, config, bos=form == "list")
+    if value == "no":
+        place = folder / ("additional_chat_templates" if form == "default" else "")
+        place.mkdir(exist_ok=True)
+        (place / f"{form}.jinja").write_text(TEMPLATE)
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for prompt in (True, False):
         text = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt, tokenize=False)
@@ -136,6 +192,9 @@ def test_chat_template_errors(tmp_path):
     with pytest.raises(ValueError, match="no tools"):
         tokenizer = Tokenizer(bpe(tmp_path, {"chat_template": TEMPLATE}))
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}])
+    for template, says in ({"rag": ""}, "rag. without default"), ("{% x %}", ": Encountered"):
+        with pytest.raises(ValueError, match=f"not supported{says}|{says}: not supported"):
+            Tokenizer(bpe(tmp_path, {"chat_template": template})).apply_chat_template(MESSAGES)
     messages = list(MESSAGES)
     for attack in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1] }}"):
         with pytest.raises(ValueError, match="unsafe|undefined"):
@@ -169,11 +228,8 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: has neither"):
         Tokenizer(tmp_path)
     broken = {"tokenizer.model": "junk", "tokenizer.json": "{}", "config.json": "[]"}
-    for name, text in {
-        **broken,
-        "generation_config.json": "1",
-        "tokenizer_config.json": "{",
-    }.items():
+    broken |= {"generation_config.json": "1", "tokenizer_config.json": "{"}
+    for name, text in broken.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"^{tmp_path / name}: not readable") as error:
             Tokenizer(tmp_path)

@@ -16,6 +16,7 @@ from scipy.optimize import approx_fprime, brentq
 from scipy.special import expit
 
 import cli
+import memory
 import saliency
 import sdtp
 import train
@@ -152,7 +153,7 @@ def test_lm_gradient_by_the_masks_equals_loop(fields, recompute, monkeypatch):
     drawn = [(normal(14, seed=seed) > 0).double().requires_grad_() for seed in (1, 2)]
     draws, calls = iter(drawn), spy(monkeypatch, train, "checkpoint")
     monkeypatch.setattr(train, "gumbel_mask", lambda score, alive, *_: alive * next(draws))
-    monkeypatch.setattr(saliency, "must_recompute", lambda *_: recompute)
+    monkeypatch.setattr(memory, "must_recompute", lambda *_: recompute)
     _, terms = run_losses(model, heads, {1: 0.7, 2: 0.5}, one)
     got = torch.autograd.grad(terms["lm"], drawn)
     ids = torch.tensor(one.prompt + one.response)
