@@ -9,11 +9,14 @@ python bench.py --paper_table                                 # the paper's tabl
 """
 
 import itertools
+import json
 import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -28,7 +31,7 @@ from eval_tasks import parse, plans
 from flops import alive_per_layer, executed_flops, paper_flops
 from memory import empty_model, shape_fields
 from model import Config, KVCache, auto_dtype
-from sdtp import PruneHead, generate, paper_schedule, prefill
+from sdtp import PruneHead, generate, paper_schedule, prefill, write_atomic
 
 
 @dataclass
@@ -57,19 +60,41 @@ RESPONSE = 64  # --marking: so many of the last tokens are the response
 # ---------------------------------------------------------------------------- models
 
 
+def random_tensor(name, p, dtype, device="cpu"):
+    """A weight of a model on the meta device: normal * 0.02, of a norm 1."""
+    if p.dtype == torch.uint8:  # MXFP4: scales of about 2^-7
+        return torch.empty(p.shape, dtype=p.dtype, device=device).random_(118, 123)
+    tensor = torch.ones(p.shape, dtype=dtype, device=device)
+    return tensor if "norm" in name else tensor.normal_(0, 0.02)
+
+
 def random_model(fields, dtype="auto", device="cpu"):
-    """A Transformer of a config.json's fields with weights normal * 0.02, made in dtype."""
-    dtype = auto_dtype(device) if dtype == "auto" else dtype
-    model, state = empty_model(fields), {}
-    for name, p in model.state_dict().items():
-        kind = dtype if p.is_floating_point() else p.dtype
-        state[name] = torch.ones(p.shape, dtype=kind, device=device)
-        if kind == torch.uint8:  # MXFP4: scales of about 2^-7
-            state[name].random_(118, 123)
-        elif "norm" not in name:
-            state[name].normal_(0, 0.02)
+    """A Transformer of a config.json's fields with random weights, made in dtype."""
+    dtype, model = auto_dtype(device) if dtype == "auto" else dtype, empty_model(fields)
+    pairs = model.state_dict().items()
+    state = {name: random_tensor(name, p, dtype, device) for name, p in pairs}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
+
+
+def write_random(folder, shape, shards=1, positions=4096):
+    """A checkpoint folder of a shape in bfloat16, written shard by shard (runs/real_size.sh)."""
+    fields, weight_map = shape_fields(shape, 0, positions), {}
+    model = empty_model(fields)
+    names = list(model.state_dict())
+    size = -(-len(names) // shards)
+    for i in range(shards):
+        part = {}
+        for name in names[i * size : (i + 1) * size]:
+            key = name if name.startswith("lm_head") else model.prefix + name
+            part[key] = random_tensor(name, model.state_dict()[name], torch.bfloat16)
+            weight_map[key] = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        safetensors.torch.save_file(part, Path(folder) / weight_map[key], {"format": "pt"})
+    for name, content in (
+        ("config", fields),
+        ("model.safetensors.index", {"weight_map": weight_map}),
+    ):
+        write_atomic(Path(folder) / f"{name}.json", json.dumps(content).encode())
 
 
 def load(config, positions):
