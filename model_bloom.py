@@ -44,10 +44,7 @@ class BloomConfig(model.Config):
 
 
 def alibi_slopes(heads):
-    """(heads,) float64, of Press et al. 2022: 2^(-8i/n), n the largest power of two <= heads.
-
-    The heads left have those between the first ones: 2^(-4(2j-1)/n).
-    """
+    """(heads,) float64: 2^(-8i/n), n the largest power of two <= heads, then 2^(-4(2j-1)/n)."""
     n = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2 ** (-4 * (2 * j - 1) / n) for j in range(1, heads - n + 1)]
@@ -80,10 +77,8 @@ class BloomAttention(nn.Module):
         return placed_k(k, positions), v
 
     def placed_q(self, q):
-        """Queries with the slope of their head: in three parts, exact also in bfloat16.
-
-        q grows by sqrt(width / head_dim), as attention will divide by sqrt(width).
-        """
+        """Queries with their head's slope in three parts, exact in bfloat16 too, and as large as
+        they must be where attention divides by sqrt(width)."""
         width = self.head_dim + COLUMNS
         left, columns = (self.slopes * width**0.5).to(q.device), []
         for _ in range(3):
