@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import cli
 import kv
+import parallel
 import saliency
 import scorers
 from cli import clock
@@ -282,7 +283,7 @@ def measure(config, model, ids, seqlens, methods, reference=None):
         run["transformers", 0.0] = partial(transformers_generate, reference, rows_of_ids)
     calls = {key: partial(token_seconds, model, config.new_tokens, run[key]) for key in run}
     seconds = interleaved(calls, config.repeats)
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(t.nbytes for t in model.state_dict().values())
     for key, call in run.items():
         row = {"length": seqlens[0], "batch_size": len(seqlens), "method": key[0], "keep": key[1]}
         row |= counted.get(key, counted[DENSE]) | speed(seconds[key], seconds[DENSE])
@@ -364,6 +365,8 @@ def paper_table(config):
 def check_flags(config):
     """ValueError for a flag out of its range, or one without effect beside another."""
     cli.at_least(0, config, "layers")
+    if parallel.WORLD > 1 and (config.shape or not parallel.DIVIDED):
+        raise ValueError("under torchrun: parallel.py bench.py --ckpt FOLDER, a divided model")
     cli.at_least(1, config, "repeats")
     cli.at_least(2, config, "new_tokens")
     given, methods = set(config.given), set(config.methods.split(",")) - {"transformers"}

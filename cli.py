@@ -32,9 +32,9 @@ ORIGIN = {}  # where figures come from, noted at a run's start: the working tree
 def run(main):
     """Call main; a user's mistake ends in one line and status 1."""
     keep_freed_memory()
-    parallel.wait()
     script = Path(sys.argv[0]).name
     try:
+        parallel.wait()
         main()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -137,10 +137,9 @@ def numbers(flag, text, kind, fits):
 def load_model(config):
     """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
     dtype = device_and_dtype(config)
-    folder = checkpoint_folder(config.ckpt)
+    folder = parallel.first(lambda: checkpoint_folder(config.ckpt))
     part = parallel if parallel.DIVIDED else None
     model = Transformer.from_pretrained(folder, dtype, config.device, part)
-    parallel.wait()  # whoever is here has read the output folder: from now on it may change
     config.dtype = str(model.dtype).removeprefix("torch.")
     describe(model, Path(config.ckpt).name, folder)
     return model, folder
@@ -225,10 +224,12 @@ def note_origin():
             commit += "-dirty"
     except OSError:  # no git on this machine
         commit = ""
+    torchrun = ["torchrun", "--nproc_per_node", str(parallel.WORLD)]
+    starter = torchrun + ["parallel.py"] * parallel.DIVIDED if parallel.WORLD > 1 else ["python"]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     ORIGIN.update(
         commit=commit or "unknown",
-        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([*starter, Path(sys.argv[0]).name, *sys.argv[1:]]),
         versions=f"python {platform.python_version()}, torch {torch.__version__}",
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
     )
@@ -236,7 +237,7 @@ def note_origin():
 
 def write_rows(path, rows, **more):
     """Write a list of flat rows as JSON, each with its origin; does nothing without a path."""
-    if path:
+    if path and not parallel.RANK:
         rows = [{**row, **more, **ORIGIN} for row in rows]
         write_atomic(path, (json.dumps(rows, indent=1) + "\n").encode())
 

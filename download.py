@@ -156,9 +156,10 @@ def print_plan(name):
     """--plan: where a checkpoint comes from, its licence and files, and what jobs on it need."""
     from memory import print_needs, shape_fields
 
-    folder, (repo, licence, shape) = existing(name), HUB.get(name, ("", "", ""))
+    known = {**HUB, DEFAULT: HUB["smollm2-135m"]}  # which it is made from
+    folder, (repo, licence, shape) = existing(name), known.get(name, ("", "", ""))
     if folder is None and not repo:
-        raise ValueError(f"{name}: neither a folder nor one of {', '.join(HUB)}")
+        raise ValueError(f"{name}: neither a folder nor one of {', '.join(known)}")
     print(folder or f"{repo} on the Hugging Face hub, licence: {licence}")
     try:
         files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())} if folder else {}

@@ -4,14 +4,13 @@ Each layer attends with all of its tokens; then each of its key-value heads keep
 values of those that were looked at most. What comes after the prompt all stays, where H2O's own
 code goes on dropping.
 
-    method = compressed(pruned(heads, schedule, span), "h2o", 0.4)
-    logits = method(model, ids, seqlens, cache)
-    cache.seqlens()  # tokens held by every head, [layer][prompt]; which ones differs between heads
+    compressed(pruned(heads, schedule, span), "h2o", 0.4)(model, ids, seqlens, cache)
 """
 
 import torch
 import torch.nn.functional as F
 
+import parallel
 from flops import pairs
 from model import attend, attention_weights, by_sequence
 from scorers import accumulated
@@ -37,6 +36,8 @@ def compressed(method, kind="h2o", keep=0.4):
         raise ValueError(f"a share of {keep} of the KV cache: above 0 and at most 1 is needed")
 
     def run(model, ids, seqlens, cache):
+        if parallel.DIVIDED and parallel.WORLD > model.config.num_key_value_heads:
+            raise ValueError(f"{kind}: not with more processes than key-value heads")
         counts = [keep_count(n, keep, WINDOW if kind == "snapkv" else 0) for n in seqlens]
         return method(CompressingModel(model, kind, counts, cache), ids, seqlens, cache)
 

@@ -85,7 +85,7 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
     products of the rows that it takes at a time.
     labels, training: for each block from the first stage on what autograd holds: two hidden states
     in float32, queries, keys, values and output (training: for each query head, and what a token
-    sees), three products of the MLP; where saliency.must_recompute says so the blocks' inputs, and
+    sees), three products of the MLP; where must_recompute says so the blocks' inputs, and
     this for one of them. The response's logits and three more of their size, in float32, of which
     two are left when blocks are computed again. Training: L_rank's pairs, and the heads with
     gradients and AdamW's two moments.

@@ -46,7 +46,8 @@ ROPE_SCALINGS = {  # rope type -> the numbers it needs
     "yarn": ("factor", OLD),
 }
 GELU_TANH = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu_pytorch_tanh": GELU_TANH}
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu}
+ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
 
 
 @dataclass
@@ -108,10 +109,11 @@ class Config:
             types = ["full_attention" if i < full else "sliding_attention" for i in layers]
             raw.setdefault("layer_types", types)
             raw["sliding_window"] = raw["sliding_window"] if raw.get("use_sliding_window") else None
-        kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-        if kind == "dynamic" and isinstance(factor, (int, float)):  # it stretches beyond OLD
-            rope[OLD] = raw["max_position_embeddings"]
-            raw["max_position_embeddings"] = int(rope[OLD] * factor)
+        kind, limit = rope.get("rope_type", rope.get("type")), raw["max_position_embeddings"]
+        rope[OLD] = limit if kind == "dynamic" else rope.get(OLD, limit)
+        reach = [rope.get("factor"), rope[OLD]]
+        if kind in ROPE_SCALINGS and all(isinstance(number, (int, float)) for number in reach):
+            raw["max_position_embeddings"] = max(limit, int(math.prod(reach)))
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def __post_init__(self):
@@ -236,7 +238,8 @@ def attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras=Extras())
     a sequence; seqlens, k_seqlens: rows of each. The queries are the last tokens of a sequence.
     """
     width = v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - width))  # BLOOM's are narrower: the kernels are slower for that
+    if width < q.shape[-1]:  # BLOOM's: kernels are slower for that
+        v = F.pad(v, (0, q.shape[-1] - width))
     sequences = by_sequence(q, k, v, positions, k_positions, seqlens, k_seqlens)
     out = [sdpa(*rows, extras) for rows in sequences]
     return (out[0] if len(out) == 1 else torch.cat(out))[..., :width]
@@ -544,7 +547,9 @@ class Transformer(nn.Module):
             if key not in expected and key != "lm_head.weight":
                 raise ValueError(f"{path}: unexpected tensor {name}")
             tensor = part.read(file, name, config) if part else file.get_tensor(name)
-            shape, asked = list(tensor.shape), list(expected.get(key, tensor).shape)
+            # a tied head, which is not expected, is like the first tensor, the embedding
+            shape = list(tensor.shape)
+            asked = list(expected.get(key, next(iter(expected.values()))).shape)
             if shape != asked:
                 raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {asked}")
             # one tensor at a time; of the right dtype, it stays where the file is mapped
@@ -553,10 +558,10 @@ class Transformer(nn.Module):
             if key not in state:
                 raise ValueError(f"{folder}: missing tensor {key}")
         if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-            embedding = next(iter(state[key] for key in expected))
+            embedding = state[next(iter(expected))]
             if not torch.equal(head, embedding):  # the file counts, as in transformers
                 state["lm_head.weight"], config.tie_word_embeddings = head, False
-                model.lm_head = nn.Linear(*reversed(head.shape), bias=False, device="meta")
+                model.lm_head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
         model.load_state_dict(state, assign=True)
         if part:
             part.join(model, folder)

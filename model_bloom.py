@@ -1,10 +1,9 @@
 """BLOOM (Le Scao et al. 2022), the third model of the paper: what differs from model.py.
 
 One product makes queries, keys and values, norms are LayerNorms, and positions are ALiBi (Press et
-al. 2022): a key's score falls by slope * distance, with a slope for each head. In a row of a
-softmax slope * (pos_j - pos_i) is as good as slope * pos_j, one more product of q and k. So keys
-carry their original position as a few columns more, and attention, dropping, the cache and
-training need not know of it.
+al. 2022): a key's score falls by slope * distance, with a slope for each head. slope * (pos_j -
+pos_i) is a product, too: queries and keys carry their original position as a few columns more, and
+attention, dropping, the cache and training need not know of it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import nn
 import model
 from model import GELU_TANH, Transformer, attend, attend_over
 
-COLUMNS = 8  # that queries and keys have more: six hold the position, two are for alignment
+COLUMNS = 8  # that queries and keys have more
 
 
 @dataclass
@@ -23,6 +22,8 @@ class BloomConfig(model.Config):
     families = {"bloom": {"tie_word_embeddings": True}}
     key_columns = COLUMNS
     layer_norm_epsilon: float = 1e-5
+    first_head: int = None  # of all_heads that is in this process
+    all_heads: int = None  # None: they are all here
 
     @classmethod
     def from_dict(cls, raw):
@@ -30,7 +31,8 @@ class BloomConfig(model.Config):
         for name in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
             if raw.get(name):
                 raise ValueError(f"{name} is not supported")
-        raw = {**raw, "num_key_value_heads": None, "head_dim": None}
+        unread = "num_key_value_heads", "head_dim", "hidden_act", "rope_scaling", "rope_parameters"
+        raw = {**raw, **dict.fromkeys(unread)}
         raw["hidden_size"] = raw.get("n_embed") or raw.get("hidden_size")
         raw["num_hidden_layers"] = raw.get("n_layer") or raw.get("num_hidden_layers")
         raw["num_attention_heads"] = raw.get("n_head") or raw.get("num_attention_heads")
@@ -61,7 +63,8 @@ class BloomAttention(nn.Module):
         d, self.head_dim = config.hidden_size, config.head_dim
         self.query_key_value = nn.Linear(d, 3 * config.num_attention_heads * self.head_dim)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, d)
-        self.slopes = alibi_slopes(config.num_attention_heads)
+        heads, first = config.num_attention_heads, config.first_head or 0
+        self.slopes = alibi_slopes(config.all_heads or heads)[first : first + heads]
 
     def parts(self, x):
         """x: (T, hidden_size), normed -> (T, heads, 3, head_dim): queries, keys and values."""
@@ -69,37 +72,44 @@ class BloomAttention(nn.Module):
 
     def q(self, x, positions):
         """x: (T, hidden_size), normed -> (T, heads, head_dim + COLUMNS)."""
-        return self.placed_q(self.parts(x)[:, :, 0])
+        return self.placed_q(self.parts(x)[:, :, 0], positions)
 
     def kv(self, x, positions):
         """x: (T, hidden_size), normed -> keys, as wide as queries; values (T, heads, head_dim)."""
         _, k, v = self.parts(x).unbind(2)
         return placed_k(k, positions), v
 
-    def placed_q(self, q):
-        """Queries with their head's slope in three parts, exact in bfloat16 too, and as large as
-        they must be where attention divides by sqrt(width)."""
+    def placed_q(self, q, positions):
+        """Queries with slope * 256 and slope, and with -slope * pos_i, split so that bfloat16 holds
+        them; all as large as they must be where attention divides by sqrt(width)."""
         width = self.head_dim + COLUMNS
-        left, columns = (self.slopes * width**0.5).to(q.device), []
-        for _ in range(3):
-            part = left.to(q.dtype)
-            left = left - part.double()
-            columns += [part * 256, part]
-        columns += [torch.zeros_like(part)] * (COLUMNS - 6)
-        slopes = torch.stack(columns, -1).expand(len(q), -1, -1)
-        return torch.cat((q * (width / self.head_dim) ** 0.5, slopes), -1)
+        slopes = (self.slopes * width**0.5).to(q.device)
+        slope_parts = split(slopes, 3, q.dtype)  # (heads, 3)
+        columns = torch.stack((slope_parts * 256, slope_parts), -1).flatten(-2)
+        shift = split(-slopes * positions[:, None], 2, q.dtype)  # (T, heads, 2): a row's constant
+        columns = torch.cat((columns.expand(len(q), -1, -1), shift), -1)
+        return torch.cat((q * (width / self.head_dim) ** 0.5, columns), -1)
 
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
         q, k, v = self.parts(x).unbind(2)
-        q, k = self.placed_q(q), placed_k(k, positions)
+        q, k = self.placed_q(q, positions), placed_k(k, positions)
         out = attend_over(cache, q, k, v, positions, seqlens, attend, self.extras)
         return self.dense(out.flatten(1))
 
 
+def split(x, parts, dtype):
+    """x: (...) float64 -> (..., parts) in dtype, whose sum is x, nearly."""
+    found = []
+    for _ in range(parts):
+        found.append(x.to(dtype))
+        x = x - found[-1].double()
+    return torch.stack(found, -1)
+
+
 def placed_k(k, positions):
-    """Keys with their position as pos // 256 and pos % 256, three times: exact to 65,536."""
+    """Keys with pos_j // 256 and pos_j % 256, three times (exact to 65,536), and with two ones."""
     digits = torch.stack((positions // 256, positions % 256), -1).to(k.dtype)  # (T, 2)
-    columns = torch.cat((digits, digits, digits, torch.zeros_like(digits)), -1)
+    columns = torch.cat((digits, digits, digits, torch.ones_like(digits)), -1)
     return torch.cat((k, columns[:, None].expand(-1, k.shape[1], -1)), -1)
 
 
@@ -139,6 +149,8 @@ class Model(Transformer):
         self.word_embeddings_layernorm = nn.LayerNorm(width, eps)
         self.h = nn.ModuleList(BloomBlock(config) for _ in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(width, eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.requires_grad_(False).eval()
 
     embed_tokens = property(lambda self: self.word_embeddings)

@@ -41,8 +41,6 @@ class GptOssConfig(model.Config):
         raw = dict(raw)
         if (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
             raw["mxfp4"] = bool(raw.pop("quantization_config"))
-        if "experts_per_token" in raw:
-            raw.setdefault("num_experts_per_tok", raw["experts_per_token"])
         return super().from_dict(raw)
 
     def __post_init__(self):
@@ -51,6 +49,8 @@ class GptOssConfig(model.Config):
         self.layer_types = self.layer_types or in_turn
         if self.mxfp4 and (self.hidden_size % BLOCK or self.intermediate_size % BLOCK):
             raise ValueError(f"hidden_size or intermediate_size: MXFP4 needs multiples of {BLOCK}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError("num_experts_per_tok is more than num_local_experts")
         super().__post_init__()
 
     def mlp_weights(self):
@@ -137,7 +137,7 @@ class MixtureOfExperts(nn.Module):
                 continue
             rows, place = (chosen == e).nonzero(as_tuple=True)
             args = x[rows], e - self.first
-            if x.requires_grad:  # an unpacked expert is made twice rather than held
+            if x.requires_grad and self.experts.mxfp4:  # unpacked twice rather than held
                 y = checkpoint(self.experts, *args, use_reentrant=False)
             else:
                 y = self.experts(*args)

@@ -13,12 +13,14 @@ import os
 import runpy
 import sys
 from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from model import read_tensors
-from model_bloom import alibi_slopes
+from sdtp import fingerprint
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 DIVIDED = False  # whether the model is
@@ -29,12 +31,26 @@ COLUMNS = "o_proj", "down_proj", "dense", "dense_4h_to_h"  # their outputs are s
 def wait():
     """Wait for the other processes, if there are any; all but the first print nothing."""
     if WORLD > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpus, gpu = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if gpus and gpu >= gpus:
+            raise ValueError(f"torchrun started more processes than there are GPUs ({gpus})")
+        if gpus:
+            torch.cuda.set_device(gpu)
+        kinds = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(kinds, timeout=timedelta(days=1))
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     if WORLD > 1:
         dist.barrier()
+
+
+def first(call):
+    """call(), in the first process before the others: it may download."""
+    if RANK:
+        wait()
+    found = call()
+    if not RANK:
+        wait()
+    return found
 
 
 def mine(items):
@@ -56,7 +72,7 @@ def joined(part, count):
 def total(x):
     """A tensor's sum over all processes."""
     if x.requires_grad:
-        raise ValueError("a divided model does not train: run train.py under torchrun by itself")
+        raise ValueError("a divided model has no gradients: no labels (teacher), no training")
     x = x.contiguous().clone()
     dist.all_reduce(x)
     return x
@@ -77,8 +93,8 @@ def share_step(parameters, record):
 
 
 def over_heads(x):
-    """A sum over a process's attention heads -> that over all heads."""
-    return total(x) if DIVIDED else x
+    """A mean over a process's attention heads -> that over all of them."""
+    return total(x) / WORLD if DIVIDED else x
 
 
 # ---------------------------------------------------------------------------- a divided model
@@ -94,6 +110,8 @@ def local_config(config):
         raise ValueError(f"{WORLD} processes: they do not fit num_key_value_heads {Hkv}")
     local = {"experts_here" if moe else width: getattr(config, width) // WORLD}
     local |= {"num_attention_heads": Hq // WORLD, "num_key_value_heads": -(-Hkv // WORLD)}
+    if hasattr(config, "all_heads"):
+        local |= {"all_heads": Hq, "first_head": RANK * (Hq // WORLD)}
     return replace(config, **local)
 
 
@@ -113,15 +131,16 @@ def read(file, name, config):
 
 
 def join(model, folder):
-    """Let the parts of a model meet; named_parameters() are those of the whole (fingerprints)."""
-    names, whole = dict(model.named_parameters()), {}
-    for _, name, file in read_tensors(folder):
-        if name.removeprefix(model.prefix) in names:  # mapped: what nobody looks at is not read
+    """Let the parts of a model meet, and know the identity of the whole (sdtp.fingerprint)."""
+    names, whole = {name for name, _ in model.named_parameters()}, {}
+    for _, name, file in read_tensors(folder) if not RANK else ():
+        if name.removeprefix(model.prefix) in names:  # mapped: samples are read
             whole[name.removeprefix(model.prefix)] = file.get_tensor(name)
-    model.named_parameters = lambda recurse=True: iter(whole.items())
-    slopes = alibi_slopes(model.config.num_attention_heads).chunk(WORLD)[RANK]
+    found = [None if RANK else fingerprint(SimpleNamespace(named_parameters=whole.items))]
+    dist.broadcast_object_list(found)
+    model.identity = found[0]
     for block in model.layers:
-        block.self_attn.slopes = slopes  # BLOOM's
+        block.register_forward_pre_hook(check_positions)
         summed = [m for name, m in block.named_modules() if name.split(".")[-1] in COLUMNS]
         if hasattr(block.mlp, "experts"):
             block.mlp.first, summed = RANK * block.mlp.experts.count, [*summed, block.mlp]
@@ -129,8 +148,22 @@ def join(model, folder):
             module.register_forward_hook(lambda module, inputs, output: total(output))
 
 
+def check_positions(block, inputs):
+    """A guard: in a prefill all processes have kept the same tokens, or this one stops."""
+    positions = inputs[1]
+    if len(positions) > 1:
+        wanted = positions.clone()
+        dist.broadcast(wanted, 0)
+        if not torch.equal(wanted, positions):
+            raise RuntimeError(f"process {RANK} has kept other tokens than the first")
+
+
 if __name__ == "__main__":
     import parallel  # the module that the script uses: this file itself is __main__
 
+    script = sys.argv[1] if len(sys.argv) > 1 else ""
+    if WORLD == 1 or not os.path.isfile(script) or os.path.basename(script) == "train.py":
+        usage = "torchrun --nproc_per_node N parallel.py SCRIPT.py ..., any script but train.py"
+        sys.exit(f"parallel.py: {usage}")
     parallel.DIVIDED, sys.argv = True, sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_path(script, run_name="__main__")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
+import parallel
 from bench import CELLS, print_rows
 from download import DEFAULT
 from model import read_json
@@ -133,6 +134,8 @@ def table(rows, cells):
 
 def main():
     config = cli.parse(ReportConfig, __doc__)
+    if parallel.WORLD > 1:
+        raise ValueError("it starts other scripts: run it without torchrun")
     out = Path(config.out_dir or Path("results") / Path(config.ckpt).name)
     asked, failed, heads = parts(config, out), {}, heads_info(config)
     for name, (script, flags) in asked.items():

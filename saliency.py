@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cli
 import memory
+import parallel
 from data import prompt_text
 from download import DEFAULT
 from model import attention_weights
@@ -119,7 +120,8 @@ def entropy_label(model, ids, n, layers, rows=256):
         for q_rows, p in zip(q.split(rows), positions.split(rows)):
             weights = attention_weights(q_rows, k, p, positions, attention.extras)  # (Hq, rows, n)
             visible = (p + 1).clamp(max=attention.extras.window or n)
-            entropy = torch.special.entr(weights).sum(-1).mean(0) / visible.clamp(min=2).log()
+            entropy = parallel.over_heads(torch.special.entr(weights).sum(-1).mean(0))
+            entropy = entropy / visible.clamp(min=2).log()
             parts.append((1 - entropy).clamp(min=0).float())  # rounding may leave it a hair below
         labels[layer] = torch.cat(parts)
     return labels

@@ -110,8 +110,6 @@ def test_speed():
     assert speedups == [2, 2, 3]
 
 
-# ---------------------------------------------------------------------------- models
-
 PUBLISHED = {  # millions of parameters, from the model cards; 10m is ours
     "10m": 9.97,
     "135m": 134.5,

@@ -258,20 +258,6 @@ def test_draw_lines(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.glob("new/*")] == ["f.png"]
 
 
-def test_freed_memory_is_kept():
-    """Large temporaries are not faulted in again: the tenth of 64 MiB touches hardly a new page."""
-    code = """if True:
-        import cli, resource, torch
-        def main():
-            for i in range(11):
-                before = resource.getrusage(0).ru_minflt
-                torch.zeros(2**24).add_(1)
-            print(resource.getrusage(0).ru_minflt - before)
-        cli.run(main)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert int(done.stdout) < 1000  # of 16,384
-
-
 def test_rows_and_their_origin(tmp_path, monkeypatch):
     """A commit is dirty by changes outside results/; a foreign or no repository has none."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,13 +183,3 @@ def test_tasks_of_the_hub(monkeypatch):
     for name, message in (("magic", "--tasks magic"), ("gsm8k", "gsm8k: generate_until, only")):
         with pytest.raises(ValueError, match=message):
             load_tasks([name])
-
-
-def test_without_lm_eval(monkeypatch):
-    """One line that names the package, in the version that requirements-dev.txt has."""
-    monkeypatch.delitem(sys.modules, "eval_harness")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    text = Path(cli.__file__).with_name("requirements-dev.txt").read_text()
-    pinned = re.search("lm-eval==[0-9.]+", text)[0]
-    with pytest.raises(SystemExit, match=f"pip install {pinned}$"):
-        __import__("eval_harness")

@@ -21,8 +21,6 @@ from model import Transformer
 from sdtp import dense, generate
 from tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------- metrics
-
 LONG = " ".join(f"w{i}" for i in range(1200))
 
 
@@ -89,9 +87,6 @@ def test_recursion_border_does_not_depend_on_the_caller():
     assert border == fits(60) == sorted(border, reverse=True) and 0 < sum(border) < 100
 
 
-# ---------------------------------------------------------------------------- sets and prompts
-
-
 def test_sets():
     assert set(PROMPTS) - {"about"} == set(SETS) and len(SETS) == 21
     assert Counter(s.max_new_tokens for s in SETS.values()) == {128: 4, 64: 6, 32: 7, 512: 4}
@@ -147,8 +142,6 @@ def test_bad_rows(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path, "trec")
 
-
-# ---------------------------------------------------------------------------- runs
 
 LIMIT, LAYERS, ANSWER = 1100, 6, 8
 MAX_LENGTH = LIMIT - 16 - 512 - 1  # 16 spared, the longest answer, BOS

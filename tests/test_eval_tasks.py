@@ -52,9 +52,6 @@ def by_name(rows):
     return {row["method"]: row for row in rows}
 
 
-# ---------------------------------------------------------------------------- one prompt
-
-
 @pytest.mark.parametrize("schedule", [{}, SCHEDULE], ids=["dense", "sdtp"])
 @pytest.mark.parametrize("fields", [DEEP, DEEP | WINDOW], ids=["full", "window"])
 def test_score_equals_a_masked_forward(fields, schedule):
@@ -169,9 +166,6 @@ def test_teacher_ranks_by_the_response():
     assert row["loss"] == pytest.approx(nats / 16, rel=1e-9)
 
 
-# ---------------------------------------------------------------------------- tables
-
-
 def test_rows_by_hand():
     how = tiny.build(**DEEP), EXAMPLES, ["sdtp", "dense", "most_recent"], stages()
     rows = by_name(perplexity(*how))
@@ -283,9 +277,6 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
     new = found[1][len(found[0]) :]
     assert sorted(row["method"] for row in new) == again
     assert not {row["value"] for row in new} & {row["value"] for row in found[0]}
-
-
-# ---------------------------------------------------------------------------- the command
 
 
 @pytest.fixture

@@ -94,7 +94,6 @@ def load(folder, dtype=torch.float32):
     return Transformer.from_pretrained(folder, dtype)
 
 
-# ---------------------------------------------------------------------------- against transformers
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     """fp32 logits are transformers', from config.json in both spellings."""
@@ -169,7 +168,6 @@ def test_auto_dtype(tmp_path, monkeypatch):
         assert model.auto_dtype("cuda:1") == torch.bfloat16 and not m.training
 
 
-# ---------------------------------------------------------------------------- packing and the cache
 def random_sinks(heads=4):
     return torch.randn(heads, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
 
@@ -253,7 +251,6 @@ def test_padding_has_no_weight(kind):
     assert all((a - m(p)[-1]).abs().max() < 1e-10 for a, p in zip(got, prompts))
 
 
-# ---------------------------------------------------------------------------- attention
 def loop_weights(q, k, positions, k_positions, window, sinks):
     """Softmax weights (Hq, T, K), one dot product at a time."""
     Hq, Hkv, D = q.shape[1], k.shape[1], q.shape[2]
@@ -351,7 +348,6 @@ def test_mask_memory_on_cuda():
     assert torch.cuda.max_memory_allocated() - before < 2e9
 
 
-# ---------------------------------------------------------------------------- what is refused
 def spoil_tensor(folder, name, shape):
     """Give a tensor of model.safetensors another shape, or take it away."""
     state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -451,7 +447,6 @@ def test_prompt_beyond_positions():
             m(tiny.ids(sum(lens)), seqlens=lens)
 
 
-# ---------------------------------------------------------------------------- real weights
 @pytest.mark.network
 def test_default_checkpoint():
     """The default checkpoint: transformers' argmax at 1,024 tokens of Python's manual."""

@@ -1,9 +1,6 @@
 """model_gpt_oss.py against transformers."""
 
-import json
-
 import pytest
-import safetensors.torch
 import tiny
 import torch
 from test_model import logits_of
@@ -58,24 +55,12 @@ def test_logits_equal_transformers(case, tmp_path):
     assert (m(packed, seqlens=[100, 7])[:100] - expected).abs().max() <= 1e-4
 
 
-def mxfp4_folder(folder):
-    """A checkpoint with experts in MXFP4, of random bytes."""
-    raw = dict(SIZES, model_type="gpt_oss", num_local_experts=4, rope_scaling=YARN)
-    raw["quantization_config"] = {"quant_method": "mxfp4"}
-    m = tiny.randomise(family(raw)(family(raw).Config.from_dict(raw)))
-    tensors = {}
-    for name, tensor in m.state_dict().items():
-        tensors[name if name.startswith("lm_head") else f"model.{name}"] = tensor
-    (folder / "config.json").write_text(json.dumps(raw))
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return m
-
-
 def test_mxfp4_equals_transformers(tmp_path):
     """Unpacked weights are transformers' bit for bit, and so the logits are its."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
-    mxfp4_folder(tmp_path)
+    fields = dict(num_local_experts=4, rope_scaling=YARN, model_type="gpt_oss")
+    tiny.write(tmp_path, **SIZES, **fields, quantization_config={"quant_method": "mxfp4"})
     how = dict(quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **how).eval()
     m = Transformer.from_pretrained(tmp_path, torch.bfloat16)
@@ -98,8 +83,8 @@ def test_gradient_through_experts():
 
 
 def test_configs():
-    """The alias of num_experts_per_tok; widths that MXFP4 cannot have, and other formats."""
-    raw = dict(SIZES, model_type="gpt_oss", experts_per_token=2)
+    """Windows in turn; widths that MXFP4 cannot have, other formats, and too few experts."""
+    raw = dict(SIZES, model_type="gpt_oss", num_experts_per_tok=2)
     config = family(raw).Config.from_dict(raw)
     assert config.num_experts_per_tok == 2 and config.window(0) == 7 and config.window(1) is None
     assert config.mlp_weights() == 64 * 128 + 2 * 3 * 64 * 32
@@ -107,3 +92,5 @@ def test_configs():
         changes = dict(quantization_config={"quant_method": method}, intermediate_size=size)
         with pytest.raises(ValueError, match=error):
             family(raw).Config.from_dict({**raw, **changes})
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        family(raw).Config.from_dict({**raw, "num_local_experts": 1})

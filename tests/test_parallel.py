@@ -19,6 +19,7 @@ FOUR_HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {
     "llama": {},
     "mistral": dict(sliding_window=7),
+    "llama one KV head": dict(num_key_value_heads=1),
     "qwen3": dict(head_dim=16),
     "gemma": dict(head_dim=8),
     "bloom": dict(num_attention_heads=6, hidden_size=48),
@@ -43,7 +44,8 @@ def read(folder, part=None):
     new = sdtp.generate(m, ids, 8, method, cache=cache)[0]
     kept = [layer.positions[0, :n].tolist() for layer, (n,) in zip(cache.layers, cache.alive)]
     found = {"kept": kept, "new": new, "fingerprint": sdtp.fingerprint(m)}
-    return found | {"logits": m(ids).tolist(), "alone": m.embed(ids).sum().item()}
+    found["weights"] = sum(t.nbytes for t in m.state_dict().values())
+    return found | {"logits": m(ids).tolist()}
 
 
 def work(folder):
@@ -77,7 +79,9 @@ def test_divided_model(tmp_path):
             two = json.loads((tmp_path / name / f"rank{rank}.json").read_text())
             far = torch.tensor(two.pop("logits")) - torch.tensor(one["logits"])
             assert far.abs().max() <= 1e-4, name
-            assert two == {k: v for k, v in one.items() if k != "logits"}, name
+            share = two.pop("weights") / one["weights"]
+            assert share < 0.7, name  # the embedding and the head, replicated, are a part of it
+            assert two == {k: v for k, v in one.items() if k in two}, name
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +89,7 @@ def world(tmp_path_factory):
     """A folder with a tiny checkpoint and rows."""
     folder = tmp_path_factory.mktemp("world")
     tiny.checkpoint(folder / "tiny", num_hidden_layers=6, max_position_embeddings=256)
-    row = {"context": "", "instruction": "which one?", "response": "the last one, it is."}
-    rows = [dict(row, context=f"{i} is {i * 7919 % 97}. " * (10 + i % 3)) for i in range(60)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.rows(folder / "rows.jsonl", 60)
     return folder
 
 

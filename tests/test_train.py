@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 
@@ -70,9 +69,6 @@ def spy(monkeypatch, owner, name):
 
     monkeypatch.setattr(owner, name, noted)
     return calls
-
-
-# ---------------------------------------------------------------------------- masked forward, mask
 
 
 def loop_attention(q, k, v, alive, extras=Extras()):
@@ -229,9 +225,6 @@ def test_gradient_of_masks_equals_finite_differences(span):
     assert (got[0][(first == 0) & (second == 1)].abs() > 1e-3).any()
 
 
-# ---------------------------------------------------------------------------- the losses, the loop
-
-
 def loop_rank(scores, labels):
     """Eq. 6 as printed: a sum over all pairs i < j."""
     total, s, y = 0.0, scores.tolist(), labels.tolist()
@@ -319,19 +312,12 @@ def test_a_step_is_the_mean_of_its_prompts(tmp_path):
     assert gradients[1] / 1e-3 == pytest.approx(log[0]["tokens"]) == (sizes[0] + sizes[1]) / 2
 
 
-# ---------------------------------------------------------------------------- the command
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a checkpoint, rows, and an unbroken run."""
-    folder, draw = tmp_path_factory.mktemp("train"), random.Random(0)
+    folder = tmp_path_factory.mktemp("train")
     tiny.checkpoint(folder / "tiny", max_position_embeddings=700)
-    rows = []
-    for _ in range(60):
-        texts = ["".join(draw.choices(tiny.ALPHABET[3:30], k=n)) for n in (8, 60, 6)]
-        rows.append(json.dumps(dict(zip(("instruction", "context", "response"), texts))))
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    tiny.rows(folder / "rows.jsonl", 60, 60)
     with pytest.MonkeyPatch.context() as patch:
         run(folder, "unbroken", patch)
     return folder

@@ -4,6 +4,7 @@ Tiny logits let wrong code pass.
 """
 
 import json
+import random
 
 import pytest
 import safetensors.torch
@@ -103,3 +104,12 @@ def checkpoint(folder, chat_template=None, **fields):
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def rows(path, count, length=120):
+    """Write a .jsonl file of rows whose contexts are of `length` tokens of checkpoint()."""
+    draw, lines = random.Random(0), []
+    for _ in range(count):
+        texts = ["".join(draw.choices(ALPHABET[3:30], k=n)) for n in (8, length, 6)]
+        lines.append(json.dumps(dict(zip(("instruction", "context", "response"), texts))))
+    path.write_text("\n".join(lines))
