@@ -46,6 +46,19 @@ def test_executed_flops(schedule, window):
         assert executed_flops(model.config, 40, counts, heads) == (linear, attention, scoring)
 
 
+@pytest.mark.parametrize("fields", [tiny.QWEN3, tiny.BLOOM, tiny.GPT_OSS])
+def test_families(fields):
+    """A token meets the router and its experts alone; BLOOM's keys are eight columns wider."""
+    model, positions = tiny.build(torch.float32, **fields), [torch.arange(40)] * 3
+    with FlopCounterMode(display=False) as counter:
+        prefill(model, tiny.ids(40))
+    counted = counter.get_flop_counts()["Global"].items()
+    linear, attention, _ = executed_flops(model.config, 40, positions)
+    assert linear == sum(v for op, v in counted if "attention" not in str(op))
+    if fields == tiny.BLOOM:
+        assert attention == 3 * 4 * 2 * (16 + 8) * 820
+
+
 def test_part_of_a_pass():
     """Fewer layers than the model has, other rows through the LM head; a scorer without weights."""
     whole = executed_flops(CONFIG, 20, [20] * 30)

@@ -445,6 +445,9 @@ def test_prompt_beyond_positions():
     for lens, error in (([65], "65 tokens .* 64 pos"), ([5, 65], "65 tokens"), ([0], "empty")):
         with pytest.raises(ValueError, match=error):
             m(tiny.ids(sum(lens)), seqlens=lens)
+    assert tiny.build(rope_scaling=YARN)(tiny.ids(256)).shape == (256, 61)  # 8 times the old 32
+    with pytest.raises(ValueError, match="dynamic RoPE beyond 64 tokens: one prompt at a time"):
+        tiny.build(rope_scaling=DYNAMIC)(tiny.ids(80), seqlens=[70, 10])
 
 
 @pytest.mark.network
