@@ -163,6 +163,7 @@ def describe(model, ckpt, place):
     dtype = str(model.dtype).removeprefix("torch.")
     ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=dtype)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    size += f", one of {parallel.WORLD} parts" * parallel.DIVIDED
     print(f"{place}: {size} | {dtype} | {model.device}", flush=True)
 
 

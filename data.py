@@ -31,8 +31,7 @@ def load(source, tokenizer, prompt_len=256, score_len=None, min_prompt=64, max_p
     to copy, in the manual and in the contexts of rows of other sources), dolly, FILE.jsonl (of
     FIELDS), FILE.txt (windows); one Example of each in turn. prompt_len: tokens of a window's
     prompt, and about those of a made one; score_len: tokens of a window's response, and the most
-    of others' (default: a quarter of prompt_len, of rows 128).
-    min_prompt, max_prompt: a row whose prompt has fewer or more tokens is left out.
+    of others' (default: a quarter of prompt_len, of rows 128); min_prompt, max_prompt: of a row's.
     """
     row_len, score_len = score_len or 128, score_len or prompt_len // 4
     sources = {name: read_source(name) for name in source.split(",")}

@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, models, pre_tokenizers
 
+import model
+
 
 class Tokenizer:
     """The ids are those of Hugging Face's tokenizer for the folder, but for one thing: a text that
@@ -140,10 +142,7 @@ compiled = lru_cache(TEMPLATES.from_string)  # takes longer than encoding a prom
 
 def read_json(path):
     """The object in a JSON file; empty if there is no such file. Raises ValueError."""
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not readable as a JSON object ({error})") from error
+    return model.read_json(path) if path.is_file() else {}
 
 
 def add_tokens(library, config):
@@ -201,11 +200,11 @@ class Sentencepiece:
     """Sentencepiece sees no added tokens in a text, so the text is cut at them here."""
 
     def __init__(self, path, config, model_type):
-        model = path.read_bytes()
-        self.first = first = SentencePieceProcessor(model_proto=model)
+        proto = path.read_bytes()
+        self.first = first = SentencePieceProcessor(model_proto=proto)
         # Only a text's start gets a space in front (with `legacy`, every part). To stop it, append
         # normalizer_spec {add_dummy_prefix: false} in protobuf's wire format: the last value wins.
-        self.later = SentencePieceProcessor(model_proto=model + b"\x1a\2\x18\0")
+        self.later = SentencePieceProcessor(model_proto=proto + b"\x1a\2\x18\0")
         self.legacy = config.get("legacy", "Llama" not in (config.get("tokenizer_class") or ""))
         pieces = {first.id_to_piece(i): i for i in range(first.vocab_size())}
         self.library = tokenizers.Tokenizer(models.BPE(pieces, []))
@@ -226,8 +225,8 @@ class Sentencepiece:
         ids, start, found = [], 0, self.library.encode(text)
         ends = [(len(text), len(text))]
         for i, (left, right) in zip([*found.ids, None], found.offsets + ends):
-            model = self.later if ids and not self.legacy else self.first
-            ids += model.encode(text[start:left])
+            processor = self.later if ids and not self.legacy else self.first
+            ids += processor.encode(text[start:left])
             ids += [] if i is None else [i]
             start = right
         return self.before + ids + self.after if add_special_tokens else ids

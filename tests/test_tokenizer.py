@@ -231,6 +231,8 @@ def test_errors_name_the_file(tmp_path):
     broken |= {"generation_config.json": "1", "tokenizer_config.json": "{"}
     for name, text in broken.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"^{tmp_path / name}: not readable") as error:
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path / name}:? (not readable|is not)"
+        ) as error:
             Tokenizer(tmp_path)
         assert "\n" not in str(error.value)
