@@ -82,13 +82,14 @@ def write_random(folder, shape, shards=1, positions=4096):
     """A checkpoint folder of a shape in bfloat16, written shard by shard (runs/real_size.sh)."""
     fields, weight_map = shape_fields(shape, 0, positions), {}
     model = empty_model(fields)
-    names = list(model.state_dict())
+    state = model.state_dict()
+    names = list(state)
     size = -(-len(names) // shards)
     for i in range(shards):
         part = {}
         for name in names[i * size : (i + 1) * size]:
             key = name if name.startswith("lm_head") else model.prefix + name
-            part[key] = random_tensor(name, model.state_dict()[name], torch.bfloat16)
+            part[key] = random_tensor(name, state[name], torch.bfloat16)
             weight_map[key] = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         safetensors.torch.save_file(part, Path(folder) / weight_map[key], {"format": "pt"})
     for name, content in (

@@ -58,13 +58,19 @@ def mine(items):
     return items if WORLD == 1 or DIVIDED else items[RANK::WORLD]
 
 
+def gathered(item):
+    """The items of all processes, a list in their order."""
+    items = [None] * WORLD
+    dist.all_gather_object(items, item)
+    return items
+
+
 def joined(part, count):
     """The list of `count` items, on every process, of which each has its mine()."""
     if WORLD == 1 or DIVIDED:
         return part
-    parts, whole = [None] * WORLD, [None] * count
-    dist.all_gather_object(parts, part)
-    for rank, items in enumerate(parts):
+    whole = [None] * count
+    for rank, items in enumerate(gathered(part)):
         whole[rank::WORLD] = items
     return whole
 
@@ -86,8 +92,7 @@ def share_step(parameters, record):
     flat = total(torch.cat([g.flatten() for g in grads]))
     for p, grad in zip(parameters, flat.split([g.numel() for g in grads])):
         p.grad = grad.view_as(p)
-    records = [None] * WORLD
-    dist.all_gather_object(records, record)
+    records = gathered(record)
     for name in {name for part in records for name in part}:
         record[name] = sum(part.get(name, 0.0) for part in records)
 

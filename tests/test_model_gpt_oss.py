@@ -8,17 +8,8 @@ from test_model import logits_of
 from model import Transformer, family
 from model_gpt_oss import unpack
 
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=64,
-    intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    sliding_window=7,
-)
+SIZES = tiny.SIZES | dict(hidden_size=64, intermediate_size=32, head_dim=16)
+SIZES |= dict(max_position_embeddings=512, sliding_window=7)
 YARN = dict(rope_type="yarn", rope_theta=150.0, factor=8.0, original_max_position_embeddings=32)
 PLAIN = dict(rope_type="default", rope_theta=150.0)
 FULL = ["full_attention"] * 3
