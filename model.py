@@ -446,10 +446,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    Attention, MLP = Attention, MLP
+
     def __init__(self, config, layer, rope):
         super().__init__()
-        self.self_attn = Attention(config, layer, rope)
-        self.mlp = MLP(config)
+        self.self_attn = self.Attention(config, layer, rope)
+        self.mlp = self.MLP(config)
         self.input_layernorm = RMSNorm(config)
         self.post_attention_layernorm = RMSNorm(config)
 

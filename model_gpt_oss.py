@@ -146,10 +146,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(model.Block):
-    def __init__(self, config, layer, rope):
-        super().__init__(config, layer, rope)
-        self.self_attn = Attention(config, layer, rope)
-        self.mlp = MixtureOfExperts(config)
+    Attention, MLP = Attention, MixtureOfExperts
 
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
         """As model.Block.forward; all rows at once, as an expert is unpacked for each call."""

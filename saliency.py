@@ -33,12 +33,13 @@ OVER = ("response", "all")
 def label(model, ids, n, layers, teacher="grad_x_input", over="response"):
     """Saliency of each token of a prompt at the input of each layer: {layer: (n,) float32, >= 0}.
 
-    ids: (T,) the prompt's n tokens, then its response; layers: the layers to label. The loss T is
-    the sum of the cross-entropies, in nats, of the response's tokens or, over "all", of all tokens
-    but the first.
+    ids: (T,) the prompt's n tokens, then its response; layers: the layers to label. The loss L
+    (the paper's T), of the dense model, is the sum of the cross-entropies, in nats, of the
+    response's tokens or, over "all", of all tokens but the first.
 
-    grad_x_input       |sum_d dT/dx_d * x_d|: absolute value of eq. 3: importance has no sign
-    grad_norm          (sum_d (dT/dx_d)^2)^(1/2)
+    grad_x_input       |sum_d dL/dx_d * x_d|: eq. 3, which is by how much the loss would change to
+                       first order without the token; we take its size, as up or down it matters
+    grad_norm          (sum_d (dL/dx_d)^2)^(1/2)
     attention_entropy  see entropy_label(); needs no loss and no backward
 
     ValueError for another teacher or loss, or where there is no token to predict.
@@ -66,7 +67,7 @@ def label(model, ids, n, layers, teacher="grad_x_input", over="response"):
 def stored_label(model, example, layers, config, folder):
     """label() of an Example over its largest droppable value, {layer: (n,)}, kept in a folder.
 
-    A first token that all attend to, which would flatten the others, is protected: not counted.
+    Protected tokens may be larger: the first, to which all attend, often is by far.
     config: has teacher and over; a prompt is labelled once. ValueError for a damaged file.
     """
     what = [example, config.teacher, config.over, sorted(layers)]

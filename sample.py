@@ -172,7 +172,7 @@ def main():
         raise ValueError(f"--heads {config.heads}: one folder is needed")
     if config.keep:
         schedule = flops.at_keep(model.config, schedule, config.keep, len(ids))
-    prefill(model, ids[:64])  # warm-up: the first call is slow whatever it does
+    prefill(model, ids[:64], heads, schedule, span=span)  # warm-up: first calls are slow
     rows = []
     for name in methods:
         method = dense if name == "dense" else pruned(heads, schedule, span)

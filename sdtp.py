@@ -1,7 +1,8 @@
 """Saliency-driven Dynamic Token Pruning (Tao et al. 2025, arXiv 2504.04514): the method.
 
-While a frozen LLM reads a prompt, tiny heads score its tokens at a few layers (the stages), the
-lowest are dropped, and every later layer runs on fewer tokens. `prefill` is the whole of it.
+While a frozen LLM reads a prompt, tiny heads (here always pruning heads) score its tokens at a few
+layers (the stages), the lowest are dropped, and every later layer runs on fewer tokens. `prefill`
+is the whole of it.
 
     heads, schedule, span, _ = load_heads("heads/smollm2-135m-q4", model)
     logits, cache = prefill(model, torch.tensor(ids), heads, schedule, span=span)
@@ -275,7 +276,7 @@ def load_heads(folder, model, head=PruneHead):
     folder = Path(folder)
     meta, data = read_json(folder / "heads.json"), (folder / "heads.safetensors").read_bytes()
     if meta.get("format") != HEADS_FORMAT:
-        raise ValueError(f"{folder}: heads of another format (older ones: commit 418cf82)")
+        raise ValueError(f"{folder}: heads of another version: train them again")
     if meta.get("fingerprint") != fingerprint(model):
         ckpt = meta.get("ckpt")
         raise ValueError(f"{folder}: heads of another checkpoint: --ckpt {ckpt}, or train your own")

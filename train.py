@@ -8,8 +8,7 @@
 A step takes a few prompts, one at a time. The teacher labels a prompt's tokens (saliency.py). Then
 the model runs with attention masked where the heads would drop a token: none is removed, so that
 gradients reach the heads. They learn from the labels and from what their pruning does to the
-response (paper eq. 8):
-    L = L_lm + L_mse + L_rank
+response, paper eq. 8: L = L_lm + L_mse + L_rank, of which L_rank, a sum over pairs, weighs most.
 """
 
 import json
@@ -42,7 +41,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # of pydoc,made,dolly,FILE.jsonl,FILE.txt (default: the first two, or dolly)
+    data: str = ""  # of pydoc,made,dolly,FILE.jsonl,FILE.txt; none: the first two, or dolly
     out_dir: str = "out"  # heads, table, figures, log, labels and checkpoint go here
     resume: bool = False  # go on with the run in out_dir, by its own flags
     # the paper's method
@@ -50,13 +49,13 @@ class TrainConfig:
     step: int = 3  # layers from stage to stage
     stages: int = 10  # at most, as many as fit (the paper's SDTP-low: 5)
     ratio: float = 0.9  # share of the tokens alive that each stage keeps
-    teacher: str = "grad_x_input"  # grad_x_input, grad_norm or attention_entropy
-    over: str = "response"  # labels are for the loss of the response's tokens, or of all
     lm_weight: float = 1.0  # weight of L_lm in the loss
     mse_weight: float = 1.0  # weight of L_mse
     rank_weight: float = 1.0  # weight of L_rank
     distill: bool = False  # add KL(dense model || pruned model) on the response to L_lm
-    # not the paper's
+    # the paper's by default alone
+    teacher: str = "grad_x_input"  # grad_x_input, grad_norm or attention_entropy
+    over: str = "response"  # labels are for the loss of the response's tokens, or of all
     shares: str = ""  # a schedule of your own: LAYER:SHARE with commas, as in 4:0.75,25:0
     span: int = 1  # neighbouring tokens that are kept or dropped together
     # prompts and optimisation
@@ -84,7 +83,7 @@ class MaskedAttention(torch.autograd.Function):
     """Attention in which dropped tokens are hidden, and yet get a gradient.
 
     P_ij = E_ij W_ij,  E_ij = exp(a_ij) / sum_j exp(a_ij) W_ij,  W_ij = M_j, or 1 where i = j
-    (DynamicViT, Rao et al. 2021, eq. 11). M is 1 or 0 in value. With g = dL/d(output):
+    (DynamicViT, Rao et al. 2021, eq. 11), a_ij: scores. M is 1 or 0. With g = dL/d(output):
         dL/dP_ij = g_i . v_j,   D_i = sum_j P_ij dL/dP_ij = g_i . output_i,
         dL/da_ij = P_ij (dL/dP_ij - D_i),   dL/dM_j = sum_i E_ij (dL/dP_ij - D_i) over i != j.
     So a dropped token, whose P is 0, still learns what it would be worth. E is held at e^30.
@@ -209,8 +208,8 @@ def noisy(score, candidates, free, span, generator):
 def rank_loss(score, labels, generator=None):
     """Eq. 6: the sum over pairs i < j of log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
 
-    score, labels: (n,) pi and s of one prompt. The sum is what a trial chose (results/LOG.md); L_lm
-    hardly counts beside it. Of more than MAX_PAIRS pairs that many are drawn: unbiased.
+    score, labels: (n,) pi and s of one prompt. The sum is as printed; a trial with means gained
+    nothing clear (results/LOG.md). Of more than MAX_PAIRS pairs that many are drawn: unbiased.
     """
     n = len(score)
     if n * (n - 1) // 2 <= MAX_PAIRS:

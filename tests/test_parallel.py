@@ -5,14 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import tiny
 import torch
+from test_eval_harness import write_rows
+from test_eval_longbench import ROW
+from test_train import die_at, read_log
 
+import cli
 import parallel
 import sdtp
+import train
 from model import Transformer
 
 FOUR_HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
@@ -36,6 +42,14 @@ SCHEDULE = {0: 0.8, 2: 0.5}
 
 def read(folder, part=None):
     """What a model of a folder gives: dense logits, kept positions, decoded ids, its identity."""
+    sizes = []
+
+    def counted(*args):
+        sizes.append((tensor := parallel.read(*args)).nbytes)
+        return tensor
+
+    if part:
+        part = SimpleNamespace(**vars(part) | {"read": counted})
     m = Transformer.from_pretrained(folder, torch.float32, part=part)
     torch.manual_seed(0)
     heads = {layer: sdtp.PruneHead(m.config.hidden_size) for layer in SCHEDULE}
@@ -44,7 +58,7 @@ def read(folder, part=None):
     new = sdtp.generate(m, ids, 8, method, cache=cache)[0]
     kept = [layer.positions[0, :n].tolist() for layer, (n,) in zip(cache.layers, cache.alive)]
     found = {"kept": kept, "new": new, "fingerprint": sdtp.fingerprint(m)}
-    found["weights"] = sum(t.nbytes for t in m.state_dict().values())
+    found["bytes"] = sum(sizes) or sum(t.nbytes for t in m.state_dict().values())
     return found | {"logits": m(ids).tolist()}
 
 
@@ -79,8 +93,7 @@ def test_divided_model(tmp_path):
             two = json.loads((tmp_path / name / f"rank{rank}.json").read_text())
             far = torch.tensor(two.pop("logits")) - torch.tensor(one["logits"])
             assert far.abs().max() <= 1e-4, name
-            share = two.pop("weights") / one["weights"]
-            assert share < 0.7, name  # the embedding and the head, replicated, are a part of it
+            assert two.pop("bytes") <= 0.65 * one["bytes"], name  # embedding and head are whole
             assert two == {k: v for k, v in one.items() if k in two}, name
 
 
@@ -119,6 +132,14 @@ def test_divided_prompts(world):
     for name, weight in heads[0].items():
         assert (weight - heads[1][name]).abs().max() <= 1e-6, name
 
+    out, whole = world / "killed", world / "two"
+    with pytest.raises(AssertionError, match="exitcode *: -9"):
+        torchrun(__file__, "die", *on_tiny(world, f"{more} {out}"))
+    assert not (out / "heads").exists() and len(read_log(out)) == 5
+    torchrun("train.py", "--resume", "--out_dir", out)
+    for name in ("heads/heads.safetensors", "log.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
     texts = []
     for command, processes in ((["sample.py"], 1), (["parallel.py", "sample.py"], 2)):
         flags = f"--ckpt {world}/tiny --device cpu --dtype float32 --heads {world}/one/heads"
@@ -145,5 +166,36 @@ def test_refusals(world):
             torchrun("parallel.py", script, *flags.split(), processes=processes)
 
 
+@pytest.mark.slow
+def test_divided_benchmarks(world):
+    """The tables of LongBench and of the harness's tasks, from one process and from two."""
+    row = ROW | {"answers": ["abc"], "all_classes": ["abc", "d"]}
+    lines = [json.dumps(row | {"context": text}) for text in ("abc " * 30, "d " * 9, "xyz")]
+    (write_rows(world, 5) / "trec.jsonl").write_text("\n".join(lines))
+    rows, data = f"--data {world} --datasets trec --max_length 170", f"--data_dir {world}"
+    for script, flags in (("eval_longbench.py", rows), ("eval_harness.py", data)):
+        tables = []
+        for processes in (1, 2):
+            out = f"{world}/{script}-{processes}"
+            common = f"--ckpt {world}/tiny --heads {world}/one/heads --methods sdtp,random"
+            common += f" --device cpu --dtype float32 --json {out}.json"
+            common += f" --out_dir {out}" * ("longbench" in script)
+            torchrun(script, *f"{flags} {common}".split(), processes=processes)
+            tables.append([untimed(row) for row in read_json(out)])
+        assert tables[0] == tables[1] and len(tables[0]) >= 3, script
+
+
+def untimed(row):
+    timed = "prefill_speedup", "total_seconds", "command"
+    return {k: v for k, v in row.items() if k not in timed}
+
+
+def die(*argv):
+    """train.py killed in its fifth step, two after a checkpoint."""
+    sys.argv, train.CHECKPOINT_EVERY = ["train.py", *argv], 3
+    train.learning_rate = die_at(5, lambda: os.kill(os.getpid(), 9))
+    cli.run(train.main)
+
+
 if __name__ == "__main__":
-    work(sys.argv[1])
+    die(*sys.argv[2:]) if sys.argv[1] == "die" else work(sys.argv[1])

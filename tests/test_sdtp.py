@@ -404,7 +404,7 @@ def write(name, content):
         (lambda f: (f / "heads.safetensors").unlink(), "/heads.safetensors"),
         (write("heads.safetensors", "0"), "heads.safetensors is damaged"),
         (write("heads.json", "{"), "heads.json"),
-        (edit(format=None), "another format (older ones: commit 418cf82)"),
+        (edit(format=None), "heads of another version"),
         (edit(schedule=None), "heads.json"),
         (edit(schedule={"7": 0.5}), "layer 7"),
         (edit(schedule={"0": 0.7, "1": 0.5, "2": 0.4}), "2.fc1.weight"),
