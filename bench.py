@@ -30,7 +30,7 @@ from cli import clock
 from download import DEFAULT
 from eval_tasks import parse, plans
 from flops import alive_per_layer, executed_flops, paper_flops
-from memory import empty_model, shape_fields
+from memory import empty_model, shape_fields, weight_bytes
 from model import Config, KVCache, auto_dtype
 from sdtp import PruneHead, generate, paper_schedule, prefill, write_atomic
 
@@ -284,7 +284,7 @@ def measure(config, model, ids, seqlens, methods, reference=None):
         run["transformers", 0.0] = partial(transformers_generate, reference, rows_of_ids)
     calls = {key: partial(token_seconds, model, config.new_tokens, run[key]) for key in run}
     seconds = interleaved(calls, config.repeats)
-    weights = sum(t.nbytes for t in model.state_dict().values())
+    weights = weight_bytes(model)
     for key, call in run.items():
         row = {"length": seqlens[0], "batch_size": len(seqlens), "method": key[0], "keep": key[1]}
         row |= counted.get(key, counted[DENSE]) | speed(seconds[key], seconds[DENSE])

@@ -70,6 +70,11 @@ def must_recompute(model, tokens):
     return needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
 
 
+def weight_bytes(model):
+    """Bytes of a model's weights, each counted once."""
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
 PROMPT, RESPONSE = 512, 128  # tokens, for labels and training
 HOLES = 60e6  # bytes that malloc keeps between tensors: measured on a CPU, a process as a whole
 
@@ -95,7 +100,7 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
     d, layers = c.hidden_size, c.num_hidden_layers
     f = c.intermediate_size * getattr(c, "num_experts_per_tok", 1)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    weights = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+    weights = weight_bytes(model)
     if job == "prefill":
         cache = peak = 0
         for rows in alive_per_layer(schedule, n, layers):
@@ -123,7 +128,7 @@ def print_needs(raw):
     model = empty_model(raw).to(dtype)
     stages = paper_schedule(len(model.layers))
     print(f"GB of memory in {str(dtype).removeprefix('torch.')}: dense, by the paper's stages")
-    print(f"{sum(t.nbytes for t in model.state_dict().values()) / 1e9:9.1f}           weights")
+    print(f"{weight_bytes(model) / 1e9:9.1f}           weights")
     for job in ("labels", "training"):
         needed = peak_bytes(model, job, PROMPT, stages) / 1e9
         print(f"{needed:9.1f}           {job}, {PROMPT} + {RESPONSE} tokens")

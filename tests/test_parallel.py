@@ -186,7 +186,7 @@ def test_divided_benchmarks(world):
 
 
 def untimed(row):
-    timed = "prefill_speedup", "total_seconds", "command"
+    timed = "prefill_speedup", "total_seconds", "command", "commit"
     return {k: v for k, v in row.items() if k not in timed}
 
 
