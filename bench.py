@@ -291,7 +291,7 @@ def measure(config, model, ids, seqlens, methods, reference=None):
         if key[0] == "transformers":
             row["kv_bytes"] = sum(t.nbytes for c in call(1).layers for t in (c.keys, c.values))
         row["tokens_s"] = len(seqlens) * config.new_tokens / row["total_s"]
-        row["flops_ratio"] = counted[DENSE]["prefill_flops"] / row["prefill_flops"]
+        row["flops_speedup"] = counted[DENSE]["prefill_flops"] / row["prefill_flops"]
         row["peak_bytes"] = peak_bytes(model.device, partial(call, 1))  # apart from the timed runs
         rows.append(row)
         row["memory_diff"] = (weights + row["peak_bytes"]) / (weights + rows[0]["peak_bytes"]) - 1
@@ -300,7 +300,7 @@ def measure(config, model, ids, seqlens, methods, reference=None):
 
 CELLS = (  # of print_rows(), for the rows of measure()
     "method keep length batch_size prefill_s:.3f prefill_spread:.1% prefill_speedup:.2f "
-    "flops_ratio:.2f mean_alive:.3f decode_s:.4f total_s:.2f total_speedup:.2f tokens_s:.1f "
+    "flops_speedup:.2f mean_alive:.3f decode_s:.4f total_s:.2f total_speedup:.2f tokens_s:.1f "
     "kv_bytes:, peak_bytes:, memory_diff:+.1%"
 )
 

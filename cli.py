@@ -62,11 +62,11 @@ def parse(config_class, doc, argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     helps = comments(config_class)
     for field in fields(config_class):
-        note = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=note)
-        else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), help=note, metavar="")
+        default = "" if field.default == "" else f" (default: {field.default!r})"
+        note = (helps.get(field.name, "") + default).replace("%", "%%")
+        kind, switch = type(field.default), argparse.BooleanOptionalAction
+        how = {"action": switch} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{field.name}", help=note, **how)
     given = vars(parser.parse_args(argv))
     config = config_class(**given)
     config.given = given.keys()

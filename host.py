@@ -80,7 +80,7 @@ class Host:
             if not (ours - own).norm() <= max(1e-3, 10 * torch.finfo(self.dtype).eps) * own.norm():
                 raise ValueError("its own logits differ")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"model_type {hf.config.model_type!r} as host: {error}") from error
+            raise ValueError(f"host {hf.config.model_type!r}: {error}; try model.py") from None
 
     def named_parameters(self):
         return [(name.removeprefix("model."), p) for name, p in self.hf.named_parameters()]

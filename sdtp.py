@@ -279,7 +279,7 @@ def load_heads(folder, model, head=PruneHead):
         raise ValueError(f"{folder}: heads of another version: train them again")
     if meta.get("fingerprint") != fingerprint(model):
         ckpt = meta.get("ckpt")
-        raise ValueError(f"{folder}: heads of another checkpoint: --ckpt {ckpt}, or train your own")
+        raise ValueError(f"{folder}: heads of other weights: those of --ckpt {ckpt} when trained")
     if meta.get("head") != head.__name__:
         raise ValueError(f"{folder}: heads of class {meta.get('head')}, not {head.__name__}")
     if meta.get("sha256") != hashlib.sha256(data).hexdigest():

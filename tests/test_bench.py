@@ -160,7 +160,7 @@ def test_script(run, tiny_model):
         if r["keep"]:
             schedule = flops.at_keep(config, {2: 0.8, 5: 0.5}, r["keep"], n)
         assert r["alive"] == flops.alive_per_layer(schedule, n, 8)
-        assert r["flops_ratio"] == first["prefill_flops"] / r["prefill_flops"]
+        assert r["flops_speedup"] == first["prefill_flops"] / r["prefill_flops"]
         assert r["peak_bytes"] > r["kv_bytes"] and r["total_s"] > r["prefill_s"] > 0 < r["decode_s"]
         assert r["tokens_s"] == 3 / r["total_s"] and r["prefill_spread"] == 0  # one repeat
         peaks = weights + r["peak_bytes"], weights + first["peak_bytes"]

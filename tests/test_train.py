@@ -383,6 +383,9 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
     checkpoint.write_bytes(saved)
     labels, steps = spy(monkeypatch, saliency, "label"), spy(monkeypatch, train, "learning_rate")
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir", str(out)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="prompts of the run"):
+        patch.setattr(sdtp, "fingerprint", lambda model: "other weights")
+        cli.run(train.main)
     cli.run(train.main)  # all other flags are the run's own
     assert same_run(out, world / "unbroken") and len(steps) == 14 - 3
     assert sum(isinstance(args[3], dict) for args, _ in labels) == 14 - 10 + 2  # the rest was kept
@@ -402,14 +405,14 @@ def test_a_run_stopped_before_its_first_checkpoint(world, monkeypatch):
 
 
 def test_other_schedules(world, monkeypatch, capsys):
-    """Spans and a share of 0 are trained and saved; a schedule that saves nothing is said to."""
+    """Spans and a share of 0 are trained and saved; what a schedule costs is printed."""
     more = "--epochs 1 --max_prompts 2 --teacher grad_norm"
     run(world, "spans", monkeypatch, f"--shares 2:0,1:0.7 --span 4 {more}")
     heads, *found, _ = load_heads(world, "spans")
     assert found == [{1: 0.7, 2: 0.0}, 4] and list(heads) == [1]
-    assert "NOTHING IS SAVED" not in capsys.readouterr().out
+    assert "mean alive 100.0%" not in capsys.readouterr().out
     run(world, "nothing", monkeypatch, f"--first_layer 2 --ratio 1 {more}")
-    assert "dense's FLOPs: NOTHING IS SAVED" in capsys.readouterr().out
+    assert "mean alive 100.0%" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite(world, monkeypatch):
