@@ -72,7 +72,7 @@ def test_what_a_host_cannot_be(family, reason, fields, tmp_path):
     if family == "llama":
         shift = torch.nn.ZeroPad2d((0, 0, 1, -1))  # each row gets some of the one before
         hf.model.layers[1].mlp.register_forward_hook(lambda _, x, out: out + shift(out))
-    with pytest.raises(ValueError, match=f"^host '{family}' .*{reason}"):
+    with pytest.raises(ValueError, match=f"^host '{family}': .*{reason}"):
         Host(hf)
 
 
