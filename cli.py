@@ -85,7 +85,7 @@ def show(config):
     print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
 
 
-RUN_FILES = "config.json", "heads", "labels", "log.jsonl", "checkpoint.safetensors"
+RUN_FILES = "config.json", "heads", "log.jsonl", "checkpoint.safetensors"
 
 
 def resume_flags(config):

@@ -23,7 +23,7 @@ import parallel
 from data import prompt_text
 from download import DEFAULT
 from model import attention_weights
-from sdtp import is_protected, write_atomic
+from sdtp import fingerprint, is_protected, write_atomic
 from tokenizer import Tokenizer
 
 TEACHERS = ("grad_x_input", "grad_norm", "attention_entropy")
@@ -70,7 +70,7 @@ def stored_label(model, example, layers, config, folder):
     Protected tokens may be larger: the first, to which all attend, often is by far.
     config: has teacher and over; a prompt is labelled once. ValueError for a damaged file.
     """
-    what = [example, config.teacher, config.over, sorted(layers)]
+    what = [fingerprint(model), example, config.teacher, config.over, sorted(layers)]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     path, n = Path(folder) / f"{name}.safetensors", len(example.prompt)
     if not path.is_file():

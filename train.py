@@ -426,7 +426,8 @@ def main():
     stages = ", ".join(f"{layer}: {share:.3g}" for layer, share in schedule.items())
     print(f"{len(examples)} prompts, {len(held_out)} held-out ones; alive from layer {stages}")
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {cost:.1%} of dense's FLOPs", flush=True)
-    begun = hashlib.sha256(json.dumps([sdtp.fingerprint(model), examples]).encode()).hexdigest()
+    model.identity = sdtp.fingerprint(model)  # computed once
+    begun = hashlib.sha256(json.dumps([model.identity, examples]).encode()).hexdigest()
     if config.resume and read_json(out / "config.json").get("weights_and_prompts") != begun:
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
     run = {**asdict(config), "weights_and_prompts": begun}
