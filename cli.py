@@ -150,7 +150,8 @@ def device_and_dtype(config):
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = torch.cuda.device_count()
-    one_of(config, device=["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus))])
+    one = range(gpus) if parallel.WORLD == 1 else ()  # else each process takes its own
+    one_of(config, device=["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in one)])
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)  # of clocks, random state and peak memory
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -34,7 +34,8 @@ from cli import clock
 from data import Example
 from download import DEFAULT
 from model import read_json
-from sdtp import fingerprint, generate
+from saliency import identity
+from sdtp import generate
 from tokenizer import Tokenizer
 
 try:
@@ -300,7 +301,7 @@ def predict(config, model, tokenizer, dataset, rows, examples, plans):
     rows, examples: read_rows() and read_prompts(); plans: {method: eval_tasks.Plan}. A record has
     LongBench's fields, those of answer() and eval_tasks.measured(), and its score, 0 to 100.
     """
-    base = [dataset, fingerprint(model), str(model.dtype), model.device.type]
+    base = [dataset, *identity(model), model.device.type]
     keys, results, records = {}, {}, {method: [] for method in plans}
     for method, plan in plans.items():
         own = config.seed if plan.name == "random" else plan.heads and eval_tasks.digest(plan.heads)

@@ -35,7 +35,7 @@ import scorers
 from download import DEFAULT
 from flops import at_keep, executed_flops
 from model import KVCache
-from sdtp import alive_count, dense, fingerprint, generate, keep_count
+from sdtp import alive_count, dense, generate, keep_count
 from tokenizer import Tokenizer
 
 MIN_PROMPT, MAX_PROMPT = 100, 1024  # tokens of a row's prompt: others are left out
@@ -61,6 +61,8 @@ class EvalConfig:
     json: str = ""  # file for the rows of the tables
     figure: str = ""  # .png file: perplexity against executed FLOPs, a line for each method
 
+
+TAUGHT = "grad_x_input", "response"  # the labels by which the method "teacher" keeps tokens
 
 # ---------------------------------------------------------------------------- one prompt
 
@@ -211,20 +213,24 @@ def at_floor(schedule, n):
     return any(alive_count(n, share) > keep_count(n, share) for share in schedule.values() if share)
 
 
-def evaluate(run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=0, rows=""):
+def evaluate(
+    run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=0, rows="", teacher=TAUGHT
+):
     """{(keep, method): a result of each example}; every prompt is read by all methods in turn.
 
     run: run(model, example, method) -> a result as response_nats() gives it; what measured() notes
     and at_floor are added; task: its name, in the keys of the file `rows` (see cli.Results);
-    methods, stages, keeps, errors: see plans(), at the median prompt.
+    methods, stages, keeps, errors: see plans(), at the median prompt; teacher: (teacher, over)
+    of saliency.label(), for the method of that name.
     """
     if not examples:
         raise ValueError("no prompt to evaluate on")
     n = int(statistics.median(len(e.prompt) for e in examples))
     planned = plans(model.config, methods, stages, keeps, n)
-    base = [task, fingerprint(model), str(model.dtype), model.device.type]
+    base = [task, *saliency.identity(model), model.device.type]
     own = {which: plan.heads and digest(plan.heads) for which, plan in planned.items()}
     own |= {which: seed for which, plan in planned.items() if plan.name == "random"}
+    own |= {which: teacher for which, plan in planned.items() if plan.name == "teacher"}
     taught = {layer for p in planned.values() if p.name == "teacher" for layer in p.schedule}
     results, found, warm = cli.Results(rows), {which: [] for which in planned}, False
     for example in tqdm(parallel.mine(examples), desc=task, disable=None):
@@ -237,7 +243,7 @@ def evaluate(run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=
                     warm = True
                 if plan.name == "teacher" and not labels:
                     ids = torch.tensor(example.prompt + example.response, device=model.device)
-                    labels = saliency.label(model, ids, n, sorted(taught))
+                    labels = saliency.label(model, ids, n, sorted(taught), *teacher)
                 notes = {}
                 got = run(model, example, measured(plan.method(labels, key), plan.heads, notes))
                 results.add({"key": key, "keep": which[0], "method": which[1], **got, **notes})

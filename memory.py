@@ -61,10 +61,11 @@ def must_recompute(model, tokens):
     That should be less than half of a GPU's free memory, or a quarter of a computer's memory.
     """
     c, weight = model.config, model.norm.weight
-    width = 12 * c.hidden_size + 4 * c.intermediate_size
+    width = 12 * c.hidden_size + 4 * c.intermediate_size * getattr(c, "num_experts_per_tok", 1)
     needed = tokens * c.num_hidden_layers * width * weight.itemsize
     if weight.is_cuda:
-        return needed > torch.cuda.mem_get_info(weight.device)[0] / 2
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return needed > (torch.cuda.mem_get_info(weight.device)[0] + cached) / 2
     if not hasattr(os, "sysconf"):  # Windows does not say
         return False
     return needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4

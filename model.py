@@ -112,7 +112,8 @@ class Config:
         kind, limit = rope.get("rope_type", rope.get("type")), raw["max_position_embeddings"]
         rope[OLD] = limit if kind == "dynamic" else rope.get(OLD, limit)
         reach = [rope.get("factor"), rope[OLD]]
-        if kind in ROPE_SCALINGS and all(isinstance(number, (int, float)) for number in reach):
+        longer = "linear", "dynamic", "yarn"  # of llama3 max_position_embeddings says it
+        if kind in longer and all(isinstance(number, (int, float)) for number in reach):
             raw["max_position_embeddings"] = max(limit, int(math.prod(reach)))
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
@@ -564,6 +565,7 @@ class Transformer(nn.Module):
             if not torch.equal(head, embedding):  # the file counts, as in transformers
                 state["lm_head.weight"], config.tie_word_embeddings = head, False
                 model.lm_head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
+                model.lm_head.requires_grad_(False)
         model.load_state_dict(state, assign=True)
         if part:
             part.join(model, folder)

@@ -7,7 +7,7 @@ One dense forward and one backward give the labels of all layers at once. Nothin
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -64,13 +64,18 @@ def label(model, ids, n, layers, teacher="grad_x_input", over="response"):
     return labels
 
 
+def identity(model):
+    """All of a model that a stored result depends on, for JSON."""
+    return [fingerprint(model), asdict(model.config), str(model.dtype)]
+
+
 def stored_label(model, example, layers, config, folder):
     """label() of an Example over its largest droppable value, {layer: (n,)}, kept in a folder.
 
     Protected tokens may be larger: the first, to which all attend, often is by far.
     config: has teacher and over; a prompt is labelled once. ValueError for a damaged file.
     """
-    what = [fingerprint(model), example, config.teacher, config.over, sorted(layers)]
+    what = [*identity(model), example, config.teacher, config.over, sorted(layers)]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     path, n = Path(folder) / f"{name}.safetensors", len(example.prompt)
     if not path.is_file():
@@ -80,6 +85,8 @@ def stored_label(model, example, layers, config, folder):
         tensors = {}
         for layer, s in labels.items():
             tensors[str(layer)] = (s / s[free].max().clamp(min=1e-30)).cpu()
+            if not s.isfinite().all():
+                raise ValueError(f"layer {layer}: labels are not finite; try --dtype float32")
         write_atomic(path, safetensors.torch.save(tensors))
     try:
         tensors = safetensors.torch.load_file(path, device=str(model.device))

@@ -93,9 +93,9 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
         free, count = ~is_protected(here, n), min(len(here), alive_count(n, share))
         if span > 1:  # the mean over the free rows of each span; the protected have a bin more
             bins = (here // span).where(free, n // span + 1)
-            both = torch.stack((score, torch.ones_like(score)))
-            sums, counts = score.new_zeros(2, n // span + 2).index_add(1, bins, both)
-            score = (sums / counts)[bins]
+            both = torch.stack((score, torch.ones_like(score))).double()
+            sums, counts = both.new_zeros(2, n // span + 2).index_add(1, bins, both)
+            score = (sums / counts)[bins].float()  # alike whatever the order of the sums
         ranked = score.nan_to_num(nan=-math.inf).masked_fill(~free, math.inf)
         # reversed, as a stable sort keeps the order of equal scores: the later comes first
         order = ranked.flip(0).argsort(descending=True, stable=True)[:count]
@@ -227,8 +227,8 @@ def generate(
 
 def fingerprint(model):
     """A checkpoint's identity in any dtype: SHA-256 over samples of all weights, in bfloat16."""
-    if hasattr(model, "identity"):  # of the whole, where this is a part
-        return model.identity
+    if hasattr(model, "known_fingerprint"):  # of the whole, where this is a part
+        return model.known_fingerprint
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

@@ -59,7 +59,6 @@ class TrainConfig:
     over: str = "response"  # labels are for the loss of the response's tokens, or of all
     shares: str = ""  # a schedule of your own: LAYER:SHARE with commas, as in 4:0.75,25:0
     span: int = 1  # neighbouring tokens that are kept or dropped together
-    # prompts and optimisation
     max_prompt: int = 1024  # rows with a longer prompt, in tokens, are left out
     max_prompts: int = 0  # training prompts at most (0: all)
     eval_prompts: int = 16  # held-out prompts of the final table
@@ -365,7 +364,8 @@ def draw_predictions(model, heads, examples, config, path):
 def check_flags(config):
     """ValueError for a flag out of its range, or without effect beside another."""
     cli.one_of(config, teacher=saliency.TEACHERS, over=saliency.OVER)
-    cli.at_least(1, config, "step", "stages", "span", "epochs", "accumulate", "eval_prompts")
+    cli.at_least(1, config, "step", "stages", "span", "epochs", "eval_prompts")
+    cli.at_least(parallel.WORLD, config, "accumulate")  # a prompt for each process
     cli.at_least(0, config, "first_layer", "max_prompts", "lm_weight", "mse_weight", "rank_weight")
     if not 0 < config.ratio <= 1 or not 0 < config.lr < math.inf:
         raise ValueError(f"--ratio {config.ratio} must be in (0, 1], --lr {config.lr} above 0")
@@ -426,8 +426,8 @@ def main():
     stages = ", ".join(f"{layer}: {share:.3g}" for layer, share in schedule.items())
     print(f"{len(examples)} prompts, {len(held_out)} held-out ones; alive from layer {stages}")
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {cost:.1%} of dense's FLOPs", flush=True)
-    model.identity = sdtp.fingerprint(model)  # computed once
-    begun = hashlib.sha256(json.dumps([model.identity, examples]).encode()).hexdigest()
+    model.known_fingerprint = sdtp.fingerprint(model)  # computed once
+    begun = hashlib.sha256(json.dumps([*saliency.identity(model), examples]).encode()).hexdigest()
     if config.resume and read_json(out / "config.json").get("weights_and_prompts") != begun:
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
     run = {**asdict(config), "weights_and_prompts": begun}
@@ -436,14 +436,14 @@ def main():
     info = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume")}
     sdtp.save_heads(out / "heads", heads, model, schedule, **info, prompts=len(examples))
     draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
-    print(f"heads in {out / 'heads'}; now {len(held_out)} held-out prompts", flush=True)
+    print(f"{out}: heads, predictions.png; now {len(held_out)} held-out prompts", flush=True)
     methods = ["dense", "sdtp", "random", "most_recent", "teacher"]
     stages = {"": (heads, schedule, config.span)}
-    rows = eval_tasks.perplexity(model, held_out, methods, stages, seed=config.seed)
+    how = dict(seed=config.seed, teacher=(config.teacher, config.over))
+    rows = eval_tasks.perplexity(model, held_out, methods, stages, **how)
     eval_tasks.print_rows(rows)
     cli.write_rows(out / "eval.json", rows, source=config.data, seed=config.seed)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"table in {out / 'eval.json'}, figure in {out / 'predictions.png'}")
 
 
 if __name__ == "__main__":

@@ -15,5 +15,5 @@ print(f"{time.time() - t:.0f} s, {r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss / 1e6
 }
 peak python sample.py --ckpt "$folder" --dense --prompt "Once upon a time" --max_new_tokens 8
 peak python bench.py --ckpt "$folder" --marking --lengths 640 --repeats 1
-peak python train.py --ckpt "$folder" --data pydoc --max_prompts 1 --eval_prompts 1 --epochs 1 --out_dir "$folder/run"
+[ -f "$folder/run/eval.json" ] || peak python train.py --ckpt "$folder" --data pydoc --max_prompts 1 --eval_prompts 1 --epochs 1 --out_dir "$folder/run"
 peak python bench.py --ckpt "$folder" --heads "$folder/run/heads" --lengths 2048 --new_tokens 8 --repeats 1

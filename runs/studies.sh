@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Heads trained with one thing changed each (the paper's figures 4 and 5, and ours; table 4: ablation.sh).
-# bash runs/studies.sh [DATA]: a table per variant in out/studies/NAME/eval.json; goes on where it was stopped.
+# bash runs/studies.sh [DATA, files by absolute path]: a table per variant in out/studies/NAME/eval.json; goes on where it was stopped.
 set -euo pipefail
 data=${1:-pydoc,made}
 cd "$(dirname "$0")/.."

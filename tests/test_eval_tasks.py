@@ -254,6 +254,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         ({"seed": 1}, ["random"]),
         ({"ranker": 1}, ["sdtp"]),
         ({"weight": 1}, ["dense", "random", "sdtp", "teacher"]),
+        ({"theta": 99.0}, ["dense", "random", "sdtp", "teacher"]),
+        ({"teacher": ("grad_norm", "all")}, ["teacher"]),
         ({"dtype": torch.bfloat16}, ["dense", "random", "sdtp", "teacher"]),
         ({"schedule": {1: 0.7, 3: 0.5}}, ["random", "sdtp", "teacher"]),
         ({"span": 2}, ["random", "sdtp", "teacher"]),
@@ -267,12 +269,13 @@ def test_rows_are_for_their_run(tmp_path, changed, again):
     how = dict(dtype=torch.float32, weight=0, ranker=0, schedule=SCHEDULE, span=1, seed=0)
     found, path = [], tmp_path / "new" / "rows.jsonl"
     for run in (how, how | changed):
-        model = tiny.build(run["dtype"], **DEEP)
+        model = tiny.build(run["dtype"], **DEEP, rope_theta=run.get("theta", 1e4))
         model.layers[1].mlp.up_proj.weight.data[0, 0] += run["weight"]
         given = stages(run["schedule"], span=run["span"])
         given[""][0][3].fc2.weight.data *= 1 - 2 * run["ranker"]  # the other way round
         names, examples = ["sdtp", "random", "teacher"], [run.get("example", EXAMPLES[0])]
-        perplexity(model, examples, names, given, rows=path, seed=run["seed"])
+        more = {"teacher": run["teacher"]} if "teacher" in run else {}
+        perplexity(model, examples, names, given, rows=path, seed=run["seed"], **more)
         found.append([json.loads(line) for line in path.read_text().splitlines()])
     new = found[1][len(found[0]) :]
     assert sorted(row["method"] for row in new) == again

@@ -436,6 +436,7 @@ def test_tied_checkpoint_with_a_head(scale, tied, tmp_path):
     m = load(tmp_path)
     assert (m(tiny.ids(T)) - expected).abs().max() <= 1e-4
     assert m.config.tie_word_embeddings == tied
+    assert not any(p.requires_grad for p in m.parameters())
 
 
 def test_prompt_beyond_positions():

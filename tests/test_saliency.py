@@ -138,6 +138,9 @@ def test_stored_label(teacher, tmp_path, monkeypatch):
         stored(example, [0, 2])
     monkeypatch.setattr(saliency, "label", lambda *args: {1: torch.zeros(30)})
     assert not stored(Example([5] * 30, [6]), [1])[1].any()  # and not NaN
+    monkeypatch.setattr(saliency, "label", lambda *args: {1: torch.full((30,), torch.nan)})
+    with pytest.raises(ValueError, match="layer 1: labels are not finite"):
+        stored(Example([7] * 30, [6]), [1])
 
 
 def test_sparsity():  # a tenth of the largest is not above it
