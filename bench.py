@@ -367,7 +367,9 @@ def check_flags(config):
     """ValueError for a flag out of its range, or one without effect beside another."""
     cli.at_least(0, config, "layers")
     if parallel.WORLD > 1 and (config.shape or not parallel.DIVIDED):
-        raise ValueError("under torchrun: parallel.py bench.py --ckpt FOLDER, a divided model")
+        raise ValueError(
+            "under torchrun: tensor_parallel.py bench.py --ckpt FOLDER, a divided model"
+        )
     cli.at_least(1, config, "repeats")
     cli.at_least(2, config, "new_tokens")
     given, methods = set(config.given), set(config.methods.split(",")) - {"transformers"}

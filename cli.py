@@ -21,6 +21,7 @@ import torch
 from scipy.stats import bootstrap
 
 import parallel
+import tensor_parallel
 from download import checkpoint_folder, find
 from model import Transformer, read_json
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
@@ -62,13 +63,11 @@ def parse(config_class, doc, argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     helps = comments(config_class)
     for field in fields(config_class):
-        default = "" if field.default == "" else f" (default: {field.default!r})"
-        note = (helps.get(field.name, "") + default).replace("%", "%%")
+        note = helps.get(field.name, "") + f" (default: {field.default!r})" * (field.default != "")
         kind, switch = type(field.default), argparse.BooleanOptionalAction
         how = {"action": switch} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{field.name}", help=note, **how)
-    given = vars(parser.parse_args(argv))
-    config = config_class(**given)
+        parser.add_argument(f"--{field.name}", help=note.replace("%", "%%"), **how)
+    config = config_class(**(given := vars(parser.parse_args(argv))))
     config.given = given.keys()
     note_origin()
     show(config)
@@ -138,7 +137,7 @@ def load_model(config):
     """(Transformer, checkpoint folder) for a script's --ckpt, --dtype and --device."""
     dtype = device_and_dtype(config)
     folder = parallel.first(lambda: checkpoint_folder(config.ckpt))
-    part = parallel if parallel.DIVIDED else None
+    part = tensor_parallel if parallel.DIVIDED else None
     model = Transformer.from_pretrained(folder, dtype, config.device, part)
     config.dtype = str(model.dtype).removeprefix("torch.")
     describe(model, Path(config.ckpt).name, folder)
@@ -150,8 +149,7 @@ def device_and_dtype(config):
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = torch.cuda.device_count()
-    one = range(gpus) if parallel.WORLD == 1 else ()  # else each process takes its own
-    one_of(config, device=["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in one)])
+    one_of(config, device=["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus))])
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)  # of clocks, random state and peak memory
     dtypes = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -227,7 +225,8 @@ def note_origin():
     except OSError:  # no git on this machine
         commit = ""
     torchrun = ["torchrun", "--nproc_per_node", str(parallel.WORLD)]
-    starter = torchrun + ["parallel.py"] * parallel.DIVIDED if parallel.WORLD > 1 else ["python"]
+    starter = torchrun if parallel.WORLD > 1 else ["python"]
+    starter += ["tensor_parallel.py"] * parallel.DIVIDED
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     ORIGIN.update(
         commit=commit or "unknown",

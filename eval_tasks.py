@@ -397,7 +397,9 @@ def prompts(config, tokenizer):
         sizes = config.prompt_len, config.score_len, MIN_PROMPT, MAX_PROMPT
         sets = {0: data.load(config.data, tokenizer, *sizes)[1][: config.limit]}
     if not all(sets.values()):
-        raise ValueError(f"{config.text or config.data}: no prompt so long: lower --prompt_len")
+        rows = f"no held-out row with a context and a prompt of {MIN_PROMPT} to {MAX_PROMPT} tokens"
+        why = "no prompt so long: lower --prompt_len" if config.text else rows
+        raise ValueError(f"{config.text or config.data}: {why}")
     return sets
 
 
@@ -407,6 +409,8 @@ def check_flags(config, methods):
     if bool(config.text) == bool(config.data) or config.needles and config.data:
         raise ValueError("give --text FILE, --text FILE with --needles, or --data SOURCE")
     names, windows = {parse(method)[0] for method in methods}, not config.needles
+    if parallel.DIVIDED and "teacher" in names:
+        raise ValueError("--methods: no teacher with a divided model, which has no gradients")
     rows = all(name == "dolly" or name.endswith(".jsonl") for name in config.data.split(","))
     useful = {"prompt_len": windows and not rows, "score_len": windows, "figure": windows}
     useful |= {"keep": names != {"dense"}, "seed": "random" in names}

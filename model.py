@@ -528,7 +528,7 @@ class Transformer(nn.Module):
     def from_pretrained(folder, dtype="auto", device="cpu", part=None):
         """The model of a Hugging Face folder: config.json, model.safetensors (or its shards).
 
-        dtype: a torch.dtype or "auto" (see auto_dtype); part: the module parallel, for its part.
+        dtype: a torch.dtype or "auto" (see auto_dtype); part: the module tensor_parallel.
         ValueError or FileNotFoundError names the file, field or tensor that is missing, unexpected,
         misshaped, unreadable or not supported.
         """

@@ -22,8 +22,6 @@ class BloomConfig(model.Config):
     families = {"bloom": {"tie_word_embeddings": True}}
     key_columns = COLUMNS
     layer_norm_epsilon: float = 1e-5
-    first_head: int = None  # of all_heads that is in this process
-    all_heads: int = None  # None: they are all here
 
     @classmethod
     def from_dict(cls, raw):
@@ -63,8 +61,7 @@ class BloomAttention(nn.Module):
         d, self.head_dim = config.hidden_size, config.head_dim
         self.query_key_value = nn.Linear(d, 3 * config.num_attention_heads * self.head_dim)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, d)
-        heads, first = config.num_attention_heads, config.first_head or 0
-        self.slopes = alibi_slopes(config.all_heads or heads)[first : first + heads]
+        self.slopes = alibi_slopes(config.num_attention_heads)
 
     def parts(self, x):
         """x: (T, hidden_size), normed -> (T, heads, 3, head_dim): queries, keys and values."""

@@ -18,6 +18,7 @@ from test_train import die_at, read_log
 import cli
 import parallel
 import sdtp
+import tensor_parallel
 import train
 from model import Transformer
 
@@ -45,7 +46,7 @@ def read(folder, part=None):
     sizes = []
 
     def counted(*args):
-        sizes.append((tensor := parallel.read(*args)).nbytes)
+        sizes.append((tensor := tensor_parallel.read(*args)).nbytes)
         return tensor
 
     if part:
@@ -67,7 +68,7 @@ def work(folder):
     parallel.DIVIDED = True
     parallel.wait()
     for name in FAMILIES:
-        found = read(Path(folder) / name, parallel)
+        found = read(Path(folder) / name, tensor_parallel)
         (Path(folder) / name / f"rank{parallel.RANK}.json").write_text(json.dumps(found))
 
 
@@ -141,7 +142,7 @@ def test_divided_prompts(world):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
     texts = []
-    for command, processes in ((["sample.py"], 1), (["parallel.py", "sample.py"], 2)):
+    for command, processes in ((["sample.py"], 1), (["tensor_parallel.py", "sample.py"], 2)):
         flags = f"--ckpt {world}/tiny --device cpu --dtype float32 --heads {world}/one/heads"
         flags += f" --prompt {'abcdefghij' * 9} --max_new_tokens 9"
         text = torchrun(*command, *flags.split(), processes=processes)
@@ -159,11 +160,11 @@ def test_refusals(world):
     for processes, script, error in (
         (3, "saliency.py", "3 processes: num_attention_heads is 4"),
         (2, "saliency.py", "a divided model has no gradients"),
-        (2, "train.py", "any script but train.py"),
+        (2, "train.py", "SCRIPT.py ..., but no train.py"),
     ):
         flags = f"--ckpt {world}/tiny --device cpu --out_dir {world}/no --prompt abc"
         with pytest.raises(AssertionError, match=error):
-            torchrun("parallel.py", script, *flags.split(), processes=processes)
+            torchrun("tensor_parallel.py", script, *flags.split(), processes=processes)
 
 
 @pytest.mark.slow
