@@ -13,6 +13,7 @@ import tiny
 import torch
 from test_eval_harness import write_rows
 from test_eval_longbench import ROW
+from test_sdtp import checkpoint_with_heads
 from test_train import die_at, read_log
 
 import cli
@@ -100,9 +101,10 @@ def test_divided_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny checkpoint and rows."""
+    """A folder with a tiny checkpoint, heads and rows."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.checkpoint(folder / "tiny", num_hidden_layers=6, max_position_embeddings=256)
+    sizes = dict(num_hidden_layers=6, max_position_embeddings=256)
+    checkpoint_with_heads(folder, {"heads": {2: 0.7, 5: 0.4}}, **sizes)
     tiny.rows(folder / "rows.jsonl", 60)
     return folder
 
@@ -178,7 +180,7 @@ def test_divided_benchmarks(world):
         tables = []
         for processes in (1, 2):
             out = f"{world}/{script}-{processes}"
-            common = f"--ckpt {world}/tiny --heads {world}/one/heads --methods sdtp,random"
+            common = f"--ckpt {world}/tiny --heads {world}/heads --methods sdtp,random"
             common += f" --device cpu --dtype float32 --json {out}.json"
             common += f" --out_dir {out}" * ("longbench" in script)
             torchrun(script, *f"{flags} {common}".split(), processes=processes)
