@@ -22,8 +22,9 @@ from scipy.stats import bootstrap
 
 import parallel
 import tensor_parallel
+from checkpoint import read_json
 from download import checkpoint_folder, find
-from model import Transformer, read_json
+from model import Transformer
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
 
 HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class

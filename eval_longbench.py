@@ -30,10 +30,10 @@ from tqdm import tqdm
 import cli
 import eval_tasks
 import parallel
+from checkpoint import read_json
 from cli import clock
 from data import Example
 from download import DEFAULT
-from model import read_json
 from saliency import identity
 from sdtp import generate
 from tokenizer import Tokenizer

@@ -8,7 +8,6 @@ windows. T: rows, K: keys, B: sequences, Hq, Hkv: query and key-value heads, D: 
     logits = model(torch.tensor(ids))  # (T, vocab_size)
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from checkpoint import load_weights, read_json
 
 # ---------------------------------------------------------------------------- config
 QWEN = dict(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=32768)
@@ -542,37 +542,13 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(part.local_config(config) if part else config)
         model.config = config
-        expected, state = model.state_dict(), {}
-        for path, name, file in read_tensors(folder):
-            key = name.removeprefix(cls.prefix)
-            if key.endswith("inv_freq"):
-                continue  # some exporters write it
-            if key not in expected and key != "lm_head.weight":
-                raise ValueError(f"{path}: unexpected tensor {name}")
-            tensor = part.read(file, name, config) if part else file.get_tensor(name)
-            # a tied head, which is not expected, is like the first tensor, the embedding
-            shape = list(tensor.shape)
-            asked = list(expected.get(key, next(iter(expected.values()))).shape)
-            if shape != asked:
-                raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {asked}")
-            # one tensor at a time; of the right dtype, it stays where the file is mapped
-            state[key] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for key in expected:
-            if key not in state:
-                raise ValueError(f"{folder}: missing tensor {key}")
-        if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-            embedding = state[next(iter(expected))]
-            if not torch.equal(head, embedding):  # the file counts, as in transformers
-                state["lm_head.weight"], config.tie_word_embeddings = head, False
-                model.lm_head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
-                model.lm_head.requires_grad_(False)
-        model.load_state_dict(state, assign=True)
+        load_weights(model, folder, dtype, device, part)
         if part:
             part.join(model, folder)
         return model
 
 
-# ---------------------------------------------------------------------------- reading a folder
+# ---------------------------------------------------------------------------- class and dtype
 def family(raw):
     """The class that runs a config.json's dict: Transformer, or that of another file."""
     module = OTHER_FAMILIES.get(raw.get("model_type"))
@@ -583,32 +559,3 @@ def auto_dtype(device):
     """bfloat16 on CUDA and on CPUs that have bfloat16 products, else float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native or torch.device(device).type == "cuda" else torch.float32
-
-
-def read_json(path):
-    """The JSON object in a file; FileNotFoundError or ValueError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:  # TypeError: a list, or the like
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-
-
-def read_tensors(folder):
-    """Yields (path, name, open file) of each tensor in model.safetensors or its index's shards."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map is missing")
-        names = sorted({Path(name).name for name in weight_map.values()})  # none elsewhere
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield path, name, file
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download it again") from None

@@ -20,8 +20,8 @@ from pathlib import Path
 import cli
 import parallel
 from bench import CELLS, print_rows
+from checkpoint import read_json
 from download import DEFAULT
-from model import read_json
 from sdtp import write_atomic
 
 

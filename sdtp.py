@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import KVCache, read_json
+from checkpoint import read_json
+from model import KVCache
 
 FIRST_TOKENS, LAST_SHARE = 4, 0.1  # of a prompt, protected
 HEADS_FORMAT = 2  # of heads.json

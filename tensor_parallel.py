@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import parallel
-from model import read_tensors
+from checkpoint import read_tensors
 from model_bloom import alibi_slopes
 from parallel import RANK, WORLD, total
 from sdtp import fingerprint

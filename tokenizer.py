@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, models, pre_tokenizers
 
-import model
+import checkpoint
 
 
 class Tokenizer:
@@ -142,7 +142,7 @@ compiled = lru_cache(TEMPLATES.from_string)  # takes longer than encoding a prom
 
 def read_json(path):
     """The object in a JSON file; empty if there is no such file. Raises ValueError."""
-    return model.read_json(path) if path.is_file() else {}
+    return checkpoint.read_json(path) if path.is_file() else {}
 
 
 def add_tokens(library, config):

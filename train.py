@@ -35,7 +35,7 @@ import saliency
 import sdtp
 from download import DEFAULT
 from flops import alive_per_layer, schedule_flops
-from model import read_json, visible
+from model import visible
 from tokenizer import Tokenizer
 
 
@@ -428,9 +428,9 @@ def main():
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {cost:.1%} of dense's FLOPs", flush=True)
     model.known_fingerprint = sdtp.fingerprint(model)  # computed once
     begun = hashlib.sha256(json.dumps([*saliency.identity(model), examples]).encode()).hexdigest()
-    if config.resume and read_json(out / "config.json").get("weights_and_prompts") != begun:
+    if config.resume and json.loads((out / "config.json").read_text()).get("begun") != begun:
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
-    run = {**asdict(config), "weights_and_prompts": begun}
+    run = {**asdict(config), "begun": begun}
     sdtp.write_atomic(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
     train(model, heads, schedule, examples, config)
     info = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume")}
