@@ -91,10 +91,10 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
     products of the rows that it takes at a time.
     labels, training: for each block from the first stage on what autograd holds: two hidden states
     in float32, queries, keys, values and output (training: for each query head, and what a token
-    sees), three products of the MLP; where must_recompute says so the blocks' inputs, and
-    this for one of them. The response's logits and three more of their size, in float32, of which
-    two are left when blocks are computed again. Training: L_rank's pairs, and the heads with
-    gradients and AdamW's two moments.
+    sees), three products of the MLP; where must_recompute says so the blocks' inputs, and this and
+    two gradients in its MLP for one of them. The response's logits and three more of their size, in
+    float32, of which two are left when blocks are computed again. Training: L_rank's pairs, and the
+    heads with gradients and AdamW's two moments.
     Not counted: libraries (0.4 GB), and what the backward of one block holds for a moment.
     """
     c, e = model.config, next(model.parameters()).itemsize
@@ -107,14 +107,14 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
         for rows in alive_per_layer(schedule, n, layers):
             cache += e * rows * 2 * kv
             attention = rows * (3 * d + 2 * q + 2 * kv)
-            mlp = rows * 4 * d + min(rows, 512) * (2 * d + 3 * f)  # 512: model.in_chunks
+            mlp = rows * 4 * d + min(rows, 2048) * (2 * d + 3 * f)  # see model.in_chunks
             peak = max(peak, cache + e * max(attention, mlp))
         return weights + peak + HOLES
     tokens, training, logits = n + RESPONSE, job == "training", 4 * RESPONSE * c.vocab_size
     held = 2 * d * 4 + e * (3 * f + (4 * q if training else 2 * q + 2 * kv)) + training * tokens
     blocks = tokens * (layers - min(schedule))
     if must_recompute(model, tokens):
-        alive = blocks * d * e + max(4 * logits, tokens * held + 2 * logits)
+        alive = blocks * d * e + max(4 * logits, tokens * (held + 2 * f * e) + 2 * logits)
     else:
         alive = blocks * held + 4 * logits
     if training:

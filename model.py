@@ -465,8 +465,8 @@ class Block(nn.Module):
 
 def in_chunks(function, x):
     """function(x) of rows that do not meet, some at a time: little is held in between."""
-    # 512: 34 ms for the MLP of SmolLM2-135M on two cores, where 4,096 rows at once take 47
-    chunks = x.split(8192 if x.is_cuda else 512)
+    # 2,048: SmolLM2-135M reads 4,096 tokens in 2.38 s, with 512 rows at a time in 2.61 s (AMX)
+    chunks = x.split(8192 if x.is_cuda else 2048)
     return function(x) if len(chunks) == 1 else torch.cat([function(rows) for rows in chunks])
 
 
