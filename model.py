@@ -415,8 +415,11 @@ class Attention(nn.Module):
         k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.k_proj, self.v_proj))
         return self.rope(self.k_norm(k), positions), v
 
+    def qkv(self, x, positions):
+        return self.q(x, positions), *self.kv(x, positions)
+
     def forward(self, x, positions, seqlens, cache=None, attend=attend):
-        q, (k, v) = self.q(x, positions), self.kv(x, positions)
+        q, k, v = self.qkv(x, positions)
         out = attend_over(cache, q, k, v, positions, seqlens, attend, self.extras)
         return self.o_proj(out.flatten(1))
 

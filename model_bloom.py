@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import model
-from model import GELU_TANH, Transformer, attend, attend_over
 
 COLUMNS = 8  # that queries and keys have more
 
@@ -51,30 +50,28 @@ def alibi_slopes(heads):
     return torch.tensor(slopes, dtype=torch.float64, device="cpu")  # also of a model on "meta"
 
 
-class BloomAttention(nn.Module):
-    """Attention with the names and the fused product of BLOOM; see model.Attention."""
+class BloomAttention(model.Attention):
+    """model.Attention with the names and the fused product of BLOOM."""
 
     extras, o_proj = model.Extras(), property(lambda self: self.dense)
 
     def __init__(self, config):
-        super().__init__()
+        nn.Module.__init__(self)
         d, self.head_dim = config.hidden_size, config.head_dim
         self.query_key_value = nn.Linear(d, 3 * config.num_attention_heads * self.head_dim)
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, d)
         self.slopes = alibi_slopes(config.num_attention_heads)
 
-    def parts(self, x):
-        """x: (T, hidden_size), normed -> (T, heads, 3, head_dim): queries, keys and values."""
-        return self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
+    def qkv(self, x, positions):
+        """x: (T, hidden_size), normed -> q and k (T, heads, head_dim + COLUMNS), v without them."""
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
+        return self.placed_q(q, positions), placed_k(k, positions), v
 
     def q(self, x, positions):
-        """x: (T, hidden_size), normed -> (T, heads, head_dim + COLUMNS)."""
-        return self.placed_q(self.parts(x)[:, :, 0], positions)
+        return self.qkv(x, positions)[0]
 
     def kv(self, x, positions):
-        """x: (T, hidden_size), normed -> keys, as wide as queries; values (T, heads, head_dim)."""
-        _, k, v = self.parts(x).unbind(2)
-        return placed_k(k, positions), v
+        return self.qkv(x, positions)[1:]
 
     def placed_q(self, q, positions):
         """Queries with slope * 256 and slope, and with -slope * pos_i, split so that bfloat16 holds
@@ -86,12 +83,6 @@ class BloomAttention(nn.Module):
         shift = split(-slopes * positions[:, None], 2, q.dtype)  # (T, heads, 2): a row's constant
         columns = torch.cat((columns.expand(len(q), -1, -1), shift), -1)
         return torch.cat((q * (width / self.head_dim) ** 0.5, columns), -1)
-
-    def forward(self, x, positions, seqlens, cache=None, attend=attend):
-        q, k, v = self.parts(x).unbind(2)
-        q, k = self.placed_q(q, positions), placed_k(k, positions)
-        out = attend_over(cache, q, k, v, positions, seqlens, attend, self.extras)
-        return self.dense(out.flatten(1))
 
 
 def split(x, parts, dtype):
@@ -117,7 +108,7 @@ class BloomMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.dense_4h_to_h(GELU_TANH(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(model.GELU_TANH(self.dense_h_to_4h(x)))
 
 
 class BloomBlock(nn.Module):
@@ -133,7 +124,7 @@ class BloomBlock(nn.Module):
     forward = model.Block.forward
 
 
-class Model(Transformer):
+class Model(model.Transformer):
     """A Transformer with BLOOM's names, and a norm after the embedding."""
 
     Config, prefix = BloomConfig, "transformer."
