@@ -70,8 +70,10 @@ def parse(config_class, doc, argv=None):
         parser.add_argument(f"--{field.name}", help=note.replace("%", "%%"), **how)
     config = config_class(**(given := vars(parser.parse_args(argv))))
     config.given = given.keys()
+    if hasattr(config, "resume"):
+        resume_flags(config)
     note_origin()
-    show(config)
+    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
     return config
 
 
@@ -80,16 +82,14 @@ def comments(config_class):
     return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
 
 
-def show(config):
-    """Print what every flag is."""
-    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()), flush=True)
-
-
 RUN_FILES = "config.json", "heads", "log.jsonl", "checkpoint.safetensors"
 
 
 def resume_flags(config):
-    """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there."""
+    """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there.
+
+    The attribute `saved` then holds its config.json.
+    """
     out = Path(config.out_dir)
     if (out / "eval.json").is_file():
         raise ValueError(f"{out} holds a finished run: give another --out_dir")
@@ -98,14 +98,13 @@ def resume_flags(config):
             if (out / name).exists():
                 raise ValueError(f"{out} holds a run ({name}): --resume, or another --out_dir")
         return
-    saved = read_json(out / "config.json")
+    config.saved = saved = read_json(out / "config.json")
     for name in sorted(asdict(config).keys() - {"out_dir", "resume"}):
         if name not in saved:
             raise ValueError(f"{out}/config.json: begun by another version, without --{name}")
         if name in config.given and getattr(config, name) != saved[name]:
             raise ValueError(f"--resume: the run in {out} has --{name} {saved[name]!r}")
         setattr(config, name, saved[name])
-    show(config)
 
 
 def one_of(config, **choices):

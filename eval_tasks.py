@@ -62,8 +62,6 @@ class EvalConfig:
     figure: str = ""  # .png file: perplexity against executed FLOPs, a line for each method
 
 
-TAUGHT = "grad_x_input", "response"  # the labels by which the method "teacher" keeps tokens
-
 # ---------------------------------------------------------------------------- one prompt
 
 
@@ -214,14 +212,14 @@ def at_floor(schedule, n):
 
 
 def evaluate(
-    run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=0, rows="", teacher=TAUGHT
+    run, task, model, examples, methods, stages, *, keeps=(0.0,), seed=0, rows="", teacher=()
 ):
     """{(keep, method): a result of each example}; every prompt is read by all methods in turn.
 
     run: run(model, example, method) -> a result as response_nats() gives it; what measured() notes
     and at_floor are added; task: its name, in the keys of the file `rows` (see cli.Results);
     methods, stages, keeps, errors: see plans(), at the median prompt; teacher: (teacher, over)
-    of saliency.label(), for the method of that name.
+    of saliency.label() for the method of that name, empty for its defaults.
     """
     if not examples:
         raise ValueError("no prompt to evaluate on")

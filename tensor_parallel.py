@@ -68,9 +68,8 @@ def join(model, folder):
         block.register_forward_pre_hook(check_positions)
         summed = [m for name, m in block.named_modules() if name.split(".")[-1] in COLUMNS]
         if hasattr(block.self_attn, "slopes"):
-            block.self_attn.slopes = alibi_slopes(model.config.num_attention_heads).chunk(WORLD)[
-                RANK
-            ]
+            slopes = alibi_slopes(model.config.num_attention_heads)
+            block.self_attn.slopes = slopes.chunk(WORLD)[RANK]
         if hasattr(block.mlp, "experts"):
             block.mlp.first, summed = RANK * block.mlp.experts.count, [*summed, block.mlp]
         for module in summed:

@@ -407,7 +407,6 @@ def load_prompts(config, model, tokenizer):
 
 def main():
     config = cli.parse(TrainConfig, __doc__)
-    cli.resume_flags(config)
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly")
     check_flags(config)
     out, (model, folder) = Path(config.out_dir), cli.load_model(config)
@@ -428,7 +427,7 @@ def main():
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {cost:.1%} of dense's FLOPs", flush=True)
     model.known_fingerprint = sdtp.fingerprint(model)  # computed once
     begun = hashlib.sha256(json.dumps([*saliency.identity(model), examples]).encode()).hexdigest()
-    if config.resume and json.loads((out / "config.json").read_text()).get("begun") != begun:
+    if config.resume and config.saved.get("begun") != begun:
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
     run = {**asdict(config), "begun": begun}
     sdtp.write_atomic(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
