@@ -71,7 +71,7 @@ def unpack(blocks, scales, dtype):
     blocks: (rows, groups, 16) uint8, scales: (rows, groups) uint8 -> (rows, groups * 32) in dtype.
     """
     values = F.embedding(blocks.int(), PAIRS.to(blocks.device, dtype)).flatten(-2)
-    return torch.ldexp(values, scales.int()[..., None] - 127).to(dtype).flatten(-2)
+    return (values * torch.exp2(scales.to(dtype) - 127)[..., None]).flatten(-2)  # exact
 
 
 # ---------------------------------------------------------------------------- the model
