@@ -161,7 +161,8 @@ def describe(model, ckpt, place):
     """Print what runs, and note it in ORIGIN."""
     dtype = str(model.dtype).removeprefix("torch.")
     ORIGIN.update(ckpt=ckpt, device=str(model.device), dtype=dtype)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    count = sum(p.numel() * (32 / 17 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    size = f"{count / 1e6:.1f}M parameters"  # MXFP4: 32 in 17 bytes
     size += f", one of {parallel.WORLD} parts" * parallel.DIVIDED
     print(f"{place}: {size} | {dtype} | {model.device}", flush=True)
 

