@@ -1,4 +1,5 @@
 """Speed, memory and FLOPs of a prefill, and of decoding after it: all methods in turn in one run.
+Medians, also of each round's speedup; memory_diff: of weights and peak; keep 0: dense, as trained.
 
 python bench.py --lengths 1024,2048,4096 --keep 0.9,0.8
 python bench.py --methods sdtp,sdtp+h2o,fastkv,transformers

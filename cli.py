@@ -39,7 +39,7 @@ def run(main):
         parallel.wait()
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(f"{script}: stopped")
     except torch.OutOfMemoryError as error:
         sys.exit(f"{script}: out of memory ({str(error).splitlines()[0]}): give shorter prompts")
     except (ValueError, OSError) as error:
@@ -59,7 +59,7 @@ def parse(config_class, doc, argv=None):
 
     Its attribute `given` holds the names of the flags that were on the command line.
     """
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser = argparse.ArgumentParser(None, "%(prog)s [--FLAG VALUE ...]", doc, allow_abbrev=False)
     parser.argument_default = argparse.SUPPRESS
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     helps = comments(config_class)

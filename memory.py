@@ -100,6 +100,7 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
     c, e = model.config, next(model.parameters()).itemsize
     d, layers = c.hidden_size, c.num_hidden_layers
     f = c.intermediate_size * getattr(c, "num_experts_per_tok", 1)
+    products = c.mlp_weights() // d  # numbers that a token's MLP makes: three, BLOOM's two vectors
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     weights = weight_bytes(model)
     if job == "prefill":
@@ -107,11 +108,11 @@ def peak_bytes(model, job, n=PROMPT, schedule=None):
         for rows in alive_per_layer(schedule, n, layers):
             cache += e * rows * 2 * kv
             attention = rows * (3 * d + 2 * q + 2 * kv)
-            mlp = rows * 4 * d + min(rows, 2048) * (2 * d + 3 * f)  # see model.in_chunks
+            mlp = rows * 4 * d + min(rows, 2048) * (2 * d + products)  # see model.in_chunks
             peak = max(peak, cache + e * max(attention, mlp))
         return weights + peak + HOLES
     tokens, training, logits = n + RESPONSE, job == "training", 4 * RESPONSE * c.vocab_size
-    held = 2 * d * 4 + e * (3 * f + (4 * q if training else 2 * q + 2 * kv)) + training * tokens
+    held = 2 * d * 4 + e * (products + (4 * q if training else 2 * q + 2 * kv)) + training * tokens
     blocks = tokens * (layers - min(schedule))
     if must_recompute(model, tokens):
         alive = blocks * d * e + max(4 * logits, tokens * (held + 2 * f * e) + 2 * logits)

@@ -33,7 +33,7 @@ FAMILIES = {  # what Hugging Face's config classes assume where config.json is s
 READ_BY = {  # the families in which transformers 5.24 reads a field
     "attention_bias": ("llama", "qwen3", "gemma", "gpt_oss"),
     "mlp_bias": ("llama",),
-    "layer_types": ("qwen2", "qwen3", "gpt_oss"),
+    "layer_types": ("mistral", "qwen2", "qwen3", "gpt_oss"),
     "sliding_window": ("mistral", "qwen2", "qwen3", "gpt_oss"),
 }
 OTHER_FAMILIES = {"bloom": "model_bloom", "gpt_oss": "model_gpt_oss"}  # a file each
@@ -110,7 +110,7 @@ class Config:
             raw.setdefault("layer_types", types)
             raw["sliding_window"] = raw["sliding_window"] if raw.get("use_sliding_window") else None
         kind, limit = rope.get("rope_type", rope.get("type")), raw["max_position_embeddings"]
-        rope[OLD] = limit if kind == "dynamic" else rope.get(OLD, limit)
+        rope[OLD] = limit if kind == "dynamic" else raw.get(OLD, rope.get(OLD, limit))
         reach = [rope.get("factor"), rope[OLD]]
         longer = "linear", "dynamic", "yarn"  # of llama3 max_position_embeddings says it
         if kind in longer and all(isinstance(number, (int, float)) for number in reach):

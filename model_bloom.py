@@ -31,8 +31,8 @@ class BloomConfig(model.Config):
         unread = "num_key_value_heads", "head_dim", "hidden_act", "rope_scaling", "rope_parameters"
         raw = {**raw, **dict.fromkeys(unread)}
         raw["hidden_size"] = raw.get("n_embed") or raw.get("hidden_size")
-        raw["num_hidden_layers"] = raw.get("n_layer") or raw.get("num_hidden_layers")
-        raw["num_attention_heads"] = raw.get("n_head") or raw.get("num_attention_heads")
+        raw["num_hidden_layers"] = raw.get("num_hidden_layers") or raw.get("n_layer")
+        raw["num_attention_heads"] = raw.get("num_attention_heads") or raw.get("n_head")
         raw["intermediate_size"] = 4 * (raw["hidden_size"] or 1)
         raw["max_position_embeddings"] = raw.get("seq_length") or 2048  # ALiBi itself has no limit
         return super().from_dict(raw)

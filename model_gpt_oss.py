@@ -137,7 +137,7 @@ class MixtureOfExperts(nn.Module):
                 continue
             rows, place = (chosen == e).nonzero(as_tuple=True)
             args = x[rows], e - self.first
-            if x.requires_grad and self.experts.mxfp4:  # unpacked twice rather than held
+            if x.requires_grad:  # made, or unpacked, twice rather than held
                 y = checkpoint(self.experts, *args, use_reentrant=False)
             else:
                 y = self.experts(*args)

@@ -2,7 +2,7 @@
 
 One dense forward and one backward give the labels of all layers at once. Nothing is trained here.
 
-    python saliency.py --prompt_file README.md      # heat map and sparsity curve: figures 1, 2
+    python saliency.py --prompt_file README.md    # figures 1 and 2, by the loss of all its tokens
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def identity(model):
 
 
 def stored_label(model, example, layers, config, folder):
-    """label() of an Example over its largest droppable value, {layer: (n,)}, kept in a folder.
+    """label() of an Example over the largest of its free tokens, {layer: (n,)}, kept in a folder.
 
     Protected tokens may be larger: the first, to which all attend, often is by far.
     config: has teacher and over; a prompt is labelled once. ValueError for a damaged file.
@@ -114,7 +114,7 @@ def dense_states(model, ids, layers, gradients=False):
 
 @torch.no_grad()
 def entropy_label(model, ids, n, layers, rows=256):
-    """1 - H_i / log(tokens that i sees), mean over heads; H_i is the entropy of i's attention.
+    """1 - H_i / log(tokens that i sees), mean over attention heads; H_i: entropy of i's attention.
 
     A token that looks somewhere in particular matters. One that sees only itself has entropy 0.
     ids, n, layers, and what is returned: as in label(). rows: of the attention map that are held.

@@ -84,7 +84,7 @@ def select(scores, positions, share, seqlens, prompt_lens, span=1):
     scores: (T,) float32, NaN the lowest; positions: (T,); share: of each prompt; seqlens: rows of
     each; prompt_lens: tokens of each, dropped ones included. span: tokens of positions span * i to
     span * (i + 1) - 1 are kept or dropped together, by the mean score of those alive that are not
-    protected; of the last span that is kept only as many as the count allows, the later ones.
+    protected; where the count ends within a span, its later tokens are kept.
 
     Returns ((K,) ascending row indices, rows kept per prompt).
     """

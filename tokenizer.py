@@ -8,7 +8,7 @@ From its tokenizer.json (library `tokenizers`) or tokenizer.model (sentencepiece
 
 import json
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 import checkpoint
 
@@ -125,18 +125,13 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    how = dict(indent=indent, separators=separators, sort_keys=sort_keys)
-    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
-
 # A sandbox, as templates are code that came with a download. They know these names.
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 TEMPLATES.add_extension("jinja2.ext.loopcontrols")
 TEMPLATES.add_extension(GenerationBlock)
 TEMPLATES.globals["raise_exception"] = raise_exception
 TEMPLATES.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-TEMPLATES.filters["tojson"] = tojson  # jinja's own is for HTML
+TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own is for HTML
 compiled = lru_cache(TEMPLATES.from_string)  # takes longer than encoding a prompt
 
 
@@ -182,11 +177,15 @@ class TokenizerJson:
         self.names = add_tokens(self.library, config)
         ids = self.library.get_vocab()
         self.id, self.token, self.size = ids.get, self.library.id_to_token, len(ids)
-        named = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-        if named and model_type in (None, "llama") and '"ByteLevel"' not in path.read_text("utf-8"):
+        named = (config.get("tokenizer_class") or "").removesuffix("Fast").removeprefix("Code")
+        named = named == "LlamaTokenizer" and model_type in (None, "llama")
+        if named and '"ByteLevel"' not in path.read_text("utf-8"):
             # transformers 5 goes by the class: a space in front of the text's start alone
-            scheme = "always" if config.get("legacy") else "first"
-            self.library.normalizer = None
+            space = config.get("add_prefix_space") is not False
+            scheme = ("always" if config.get("legacy") else "first") if space else "never"
+            parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            parts += [decoders.Strip(" ", left=1)] * space
+            self.library.normalizer, self.library.decoder = None, decoders.Sequence(parts)
             self.library.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
 
     def encode(self, text, add_special_tokens):

@@ -42,7 +42,7 @@ from tokenizer import Tokenizer
 @dataclass
 class TrainConfig:
     ckpt: str = DEFAULT  # checkpoint folder or name
-    data: str = ""  # of pydoc,made,dolly,FILE.jsonl,FILE.txt; none: the first two, or dolly
+    data: str = ""  # of pydoc,made,dolly,FILE.jsonl,FILE.txt; none: the first two, or else dolly
     out_dir: str = "out"  # heads, table, figures, log, labels and checkpoint go here
     resume: bool = False  # go on with the run in out_dir, by its own flags
     # the paper's method
@@ -54,7 +54,7 @@ class TrainConfig:
     mse_weight: float = 1.0  # weight of L_mse
     rank_weight: float = 1.0  # weight of L_rank
     distill: bool = False  # add KL(dense model || pruned model) on the response to L_lm
-    # not the paper's, but for the defaults of the first two
+    # ours; the defaults of the first two are the paper's
     teacher: str = "grad_x_input"  # grad_x_input, grad_norm or attention_entropy
     over: str = "response"  # labels are for the loss of the response's tokens, or of all
     shares: str = ""  # a schedule of your own: LAYER:SHARE with commas, as in 4:0.75,25:0
@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = 0  # of the heads' weights, the order of the prompts and the noise
 
 
-TAU = 1.0  # temperature of the Gumbel-softmax
+TAU = 1.0  # temperature of the sigmoid in gumbel_mask
 MAX_PAIRS = 1_000_000  # of a prompt's tokens in L_rank, before pairs are sampled
 WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.05, 0.01, 1.0  # share of the steps; AdamW's; largest norm
 CHECKPOINT_EVERY = 20  # steps
@@ -86,13 +86,13 @@ class MaskedAttention(torch.autograd.Function):
     (DynamicViT, Rao et al. 2021, eq. 11), a_ij: scores. M is 1 or 0. With g = dL/d(output):
         dL/dP_ij = g_i . v_j,   D_i = sum_j P_ij dL/dP_ij = g_i . output_i,
         dL/da_ij = P_ij (dL/dP_ij - D_i),   dL/dM_j = sum_i E_ij (dL/dP_ij - D_i) over i != j.
-    So a dropped token, whose P is 0, still learns what it would be worth. E is held at e^30.
-    By blocks of rows, and E anew in the backward pass: no head's map is held whole.
+    So a dropped token, whose P is 0, still learns what it would be worth. E is at most e^30 here.
+    By blocks of rows, and E anew in the backward pass: no attention head's map is held whole.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, alive, seen, sinks):
-        """q, scaled, k, v: (H, T, D), alive: (T,) M, seen: (T, T) bool; sinks: (H,) or None."""
+        """q, scaled, k, v: (H, T, D), alive: (T,) M, seen: (T, T) bool; sinks: model.Extras's."""
         hidden, outs, norms = ~(seen & (or_itself(alive) > 0)), [], []
         for rows, keys in row_blocks(q):
             a = scores(q[:, rows], k[:, keys], hidden[rows, keys])
@@ -166,7 +166,7 @@ def gumbel_mask(score, alive, share, span, generator):
     n = len(alive)
     positions, here = torch.arange(n, device=alive.device), alive.detach() > 0
     free = ~sdtp.is_protected(positions, n)
-    if sdtp.alive_count(n, share) == sdtp.protected_count(n):  # no droppable token stays
+    if sdtp.alive_count(n, share) == sdtp.protected_count(n):  # no free token stays
         return alive.where(~free, 0.0)
     z = noisy(score, here & free, free, span, generator)
     rows = here.nonzero()[:, 0]
@@ -175,13 +175,13 @@ def gumbel_mask(score, alive, share, span, generator):
     if torch.equal(kept, here):  # all stay
         return alive
     cut = z.detach()[kept & free].min()
-    # The cut keeps their number. So it moves as the scores do (implicit function theorem), over all
-    # that may be dropped: adding a constant to all scores is no gain.
+    # As many stay whatever the scores are. So the cut rises with them (implicit function theorem:
+    # by a mean of their changes, the nearest weighing most), and a constant in all is no gain.
     slope = torch.sigmoid((z.detach() - cut) / TAU)
     slope = (slope * (1 - slope)).where(here & free, 0.0)
     cut = cut + (slope * (z - z.detach())).sum() / slope.sum()
-    # The product keeps a token that was dropped before at 0. Where this stage would keep it, a 1
-    # here lets its gradient through to the mask of the stage that dropped it.
+    # A token dropped before stays at 0, by the product below. Where this stage would keep it, its
+    # factor is 1, so that the gradient reaches the mask of the stage that dropped it.
     hard = kept.where(here, z.detach() >= cut.detach()).to(alive.dtype)
     soft = torch.sigmoid((z - cut) / TAU)
     keep = hard + (soft - soft.detach())
@@ -224,7 +224,8 @@ def rank_loss(score, labels, generator=None):
 def losses(model, heads, schedule, example, labels, config, generator):
     """The loss of one prompt and its response, (scalar, {name: scalar of a term of it}).
 
-    heads: {layer: PruneHead}; labels: saliency.stored_label()'s; generator: of the Gumbel noise.
+    L_mse and L_rank are over all free tokens, those that an earlier stage dropped, too.
+    heads: {layer: PruneHead}; labels: saliency.stored_label()'s; generator: of noise and pairs.
     """
     n, ids = len(example.prompt), torch.tensor(example.prompt + example.response)
     ids = ids.to(model.device)

@@ -21,11 +21,12 @@ from train import TrainConfig, train
 WIDE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=8, vocab_size=3000)
 
 
+@pytest.mark.parametrize("kind", [dict(model_type="llama"), dict(model_type="gemma", head_dim=64)])
 @pytest.mark.parametrize("job", ["prefill", "labels", "recomputed labels", "training"])
-def test_reckoned_is_what_is_alive(tmp_path, monkeypatch, job):
+def test_reckoned_is_what_is_alive(tmp_path, monkeypatch, job, kind):
     """Within 15 %, beside the weights and what malloc keeps."""
-    fields = {**tiny.SIZES, **WIDE, "model_type": "llama", "max_position_embeddings": 2048}
-    model, ids = tiny.build(torch.float32, **WIDE, max_position_embeddings=2048), tiny.ids(640)
+    fields = {**tiny.SIZES, **WIDE, **kind, "max_position_embeddings": 2048}
+    model, ids = tiny.build(torch.float32, **fields), tiny.ids(640)
     stages, job, again = paper_schedule(8), job.split()[-1], job.startswith("recomputed")
     monkeypatch.setattr(memory, "must_recompute", lambda *_: again)
     heads = {layer: memory.PruneHead(128) for layer in stages}

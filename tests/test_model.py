@@ -21,6 +21,7 @@ DYNAMIC = dict(rope_type="dynamic", factor=4.0)
 OLD32 = dict(**LLAMA3, original_max_position_embeddings=32)
 T = 40  # prompt; the windows below are 7, so T > 2 * window
 
+WINDOW = dict(use_sliding_window=True, max_window_layers=1)
 CASES = {  # name, which begins with the family -> fields of its config
     "llama, every head its own keys": dict(num_key_value_heads=4),
     "llama, one group, head_dim apart": dict(num_key_value_heads=1, head_dim=12),
@@ -31,6 +32,7 @@ CASES = {  # name, which begins with the family -> fields of its config
     "llama, llama3 rope": dict(rope_parameters={**OLD32, "rope_theta": 500.0}, head_dim=16),
     "llama, llama3 rope, max_position_embeddings": dict(rope_parameters=LLAMA3),
     "llama, yarn": dict(rope_parameters=YARN),
+    "llama, yarn, outer length": dict(rope_parameters=YARN, original_max_position_embeddings=16),
     "qwen2, yarn by mscale, not truncated": dict(rope_parameters=dict(YARN, **MSCALE)),
     "llama, dynamic": dict(rope_parameters=DYNAMIC, max_position_embeddings=16),
     "llama, sliding_window means nothing": dict(sliding_window=7),
@@ -38,16 +40,10 @@ CASES = {  # name, which begins with the family -> fields of its config
     "mistral, no window": dict(sliding_window=None, head_dim=12),
     "qwen2, tied": dict(tie_word_embeddings=True, num_key_value_heads=4),
     "qwen2, window unused": dict(sliding_window=7, max_window_layers=0),
-    "qwen2, window": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "qwen2, null": dict(use_sliding_window=True, sliding_window=None, max_window_layers=1),
+    "qwen2, window": dict(WINDOW, sliding_window=7),
+    "qwen2, null": dict(WINDOW, sliding_window=None),
     "qwen3": dict(head_dim=16),
-    "qwen3, biases, window": dict(
-        head_dim=12,
-        attention_bias=True,
-        use_sliding_window=True,
-        sliding_window=7,
-        max_window_layers=1,
-    ),
+    "qwen3, biases, window": dict(WINDOW, head_dim=12, attention_bias=True, sliding_window=7),
     "gemma, untied": dict(head_dim=16, tie_word_embeddings=False),
     "gemma, biases, legacy gelu": dict(head_dim=8, attention_bias=True, hidden_act="gelu"),
 }
@@ -101,6 +97,14 @@ def test_logits_equal_transformers(case, tmp_path):
     assert (load(tmp_path)(tiny.ids(T)) - expected).abs().max() <= 1e-4
     hub_spelling(tmp_path, **CASES[case])
     assert (load(tmp_path)(tiny.ids(T)) - expected).abs().max() <= 1e-4
+
+
+def test_mistral_with_layer_types(tmp_path):
+    """transformers takes it for Ministral, which reads them."""
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    hf = reference("ministral", tmp_path, sliding_window=7, layer_types=types, head_dim=8)
+    edit(tmp_path, model_type="mistral")
+    assert (load(tmp_path)(tiny.ids(T)) - logits_of(hf)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family, window", [("llama", None), ("mistral", 7)])
@@ -423,7 +427,8 @@ def test_refused_file(name, content, tmp_path):
 
 @pytest.mark.parametrize("scale, tied", [(1.0, True), (-1.0, False)])
 def test_tied_checkpoint_with_a_head(scale, tied, tmp_path):
-    """The file's head counts, as in transformers; old rotary buffers do not."""
+    """The file's head counts, and stands for a missing embedding; old rotary buffers, and an
+    index beside the file, do not count. All as in transformers."""
     from transformers import AutoModelForCausalLM
 
     reference("llama", tmp_path, tie_word_embeddings=True)
@@ -432,11 +437,16 @@ def test_tied_checkpoint_with_a_head(scale, tied, tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * scale
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "y"}}')
     expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     m = load(tmp_path)
     assert (m(tiny.ids(T)) - expected).abs().max() <= 1e-4
     assert m.config.tie_word_embeddings == tied
     assert not any(p.requires_grad for p in m.parameters())
+    del tensors["model.embed_tokens.weight"]
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    assert (load(tmp_path)(tiny.ids(T)) - expected).abs().max() <= 1e-4
 
 
 def test_prompt_beyond_positions():

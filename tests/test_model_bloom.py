@@ -39,7 +39,7 @@ def test_logits_equal_transformers(heads, tmp_path):
     safetensors.torch.save_file(renamed, path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["n_embed"] = config.pop("hidden_size")
-    config["num_attention_heads"] = config.pop("n_head")
+    config.update(num_attention_heads=config["n_head"], n_head=1)  # the first counts
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = Transformer.from_pretrained(tmp_path, torch.float32)
     assert torch.equal(again(tiny.ids(300)), m(tiny.ids(300)))

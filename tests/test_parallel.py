@@ -24,6 +24,7 @@ import train
 from model import Transformer
 
 FOUR_HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+MXFP4 = dict(quantization_config={"quant_method": "mxfp4"})
 FAMILIES = {
     "llama": {},
     "mistral": dict(sliding_window=7),
@@ -32,12 +33,7 @@ FAMILIES = {
     "gemma": dict(head_dim=8),
     "bloom": dict(num_attention_heads=6, hidden_size=48),
     "gpt_oss": dict(num_local_experts=4, sliding_window=7, hidden_size=64),
-    "gpt_oss mxfp4": dict(
-        num_local_experts=4,
-        hidden_size=64,
-        intermediate_size=32,
-        quantization_config={"quant_method": "mxfp4"},
-    ),
+    "gpt_oss mxfp4": dict(MXFP4, num_local_experts=4, hidden_size=64, intermediate_size=32),
 }
 SCHEDULE = {0: 0.8, 2: 0.5}
 

@@ -159,12 +159,16 @@ def test_llama_class_goes_before_tokenizer_json(tmp_path):
     library.normalizer = normalizers.Prepend("▁")
     library.add_special_tokens(SPECIAL)
     library.save(str(tmp_path / "tokenizer.json"))
-    for family, legacy in ("llama", False), ("llama", True), ("mistral", False):
+    code = {"tokenizer_class": "CodeLlamaTokenizer"}
+    for more in {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}, code, None:
+        family = "mistral" if more is None else "llama"
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **(more or {})}))
         ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
         for text in ("a</s>a", " a </s> a"):
-            assert ours.encode(text) == theirs.encode(text)
+            ids = ours.encode(text, add_special_tokens=False)
+            assert ids == theirs.encode(text, add_special_tokens=False)
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("form", ["string", "list", "dict", "chat_template", "default"])
