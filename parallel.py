@@ -21,7 +21,7 @@ def wait():
     if WORLD > 1 and not dist.is_initialized():
         gpus, gpu = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if gpus and gpu >= gpus:
-            raise ValueError(f"torchrun started more processes than there are GPUs ({gpus})")
+            raise ValueError(f"more processes than GPUs ({gpus}); CPU: CUDA_VISIBLE_DEVICES=")
         if gpus:
             torch.cuda.set_device(gpu)
         kinds = "cpu:gloo,cuda:nccl" if gpus else "gloo"

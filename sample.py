@@ -177,6 +177,7 @@ def main():
     for name in methods:
         method = dense if name == "dense" else pruned(heads, schedule, span)
         used = None if name == "dense" else heads
+        print(f"[{name}]\n" * config.compare, end="")
         row, cache = run(model, tokenizer, ids, config, name, method, used)
         rows.append(row)
     if config.picture:

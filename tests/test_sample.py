@@ -49,7 +49,7 @@ def test_compare(run, world):
     reference, tokenizer = Reference.from_pretrained(world / "tiny"), Tokenizer(world / "tiny")
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     new = reference.generate(ids, max_new_tokens=5, do_sample=False)[0, N:]
-    assert len(new) == 5 and out.splitlines()[2] == tokenizer.decode(new)
+    assert len(new) == 5 and out.splitlines()[2:4] == ["[dense]", tokenizer.decode(new)]
     counts = [32, 32, 16, 16, 10, 10]  # half, then 0.3 * 32 = 9.6
     assert [dense["alive"], pruned["alive"]] == ["32 32 32 32 32 32", "32 32 16 16 10 10"]
     assert [dense["mean_alive"], pruned["mean_alive"]] == [1, sum(counts) / 6 / 32]
