@@ -178,7 +178,7 @@ def main():
     args = parser.parse_args()
     try:
         print_plan(args.name) if args.plan else print(checkpoint_folder(args.name))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"download.py: {error}")
 
 

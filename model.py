@@ -91,6 +91,8 @@ class Config:
                 raise ValueError(f"{name} is not supported")
         # a field in either replaces the one outside; transformers 5 writes rope_parameters alone
         scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(scaling, dict):
+            raise ValueError("rope_scaling: a dict is needed")
         rope = {"rope_theta": raw.get("rope_theta", cls.rope_theta), **scaling}
         raw["rope_theta"], raw["rope_scaling"] = rope.pop("rope_theta"), rope
         for f in fields(cls):
