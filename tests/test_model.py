@@ -381,6 +381,7 @@ CONFIGS = [
     (dict(attention_bias=True), "bias"),
     (dict(rope_scaling={"type": "ntk", "factor": 2.0}), "'ntk'"),
     (dict(rope_parameters={"rope_type": "other", "rope_theta": 1e4}), "'other'"),
+    (dict(rope_scaling=[8.0]), "rope_scaling: a dict"),
     (dict(rope_scaling={"type": "linear"}), "factor"),
     (dict(rope_scaling=NO_LOW), "low_freq_factor"),
     (dict(rope_scaling={**LLAMA3, "original_max_position_embeddings": None}), "original_max"),
