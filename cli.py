@@ -27,7 +27,6 @@ from download import checkpoint_folder, find
 from model import Transformer
 from sdtp import PruneHead, load_heads, paper_schedule, write_atomic
 
-HEADS = {"PruneHead": PruneHead}  # the name in heads.json -> its class
 ORIGIN = {}  # where figures come from, noted at a run's start: the working tree may move on
 
 
@@ -79,7 +78,8 @@ def parse(config_class, doc, argv=None):
 
 def comments(config_class):
     """{field: the comment beside its default}, the flag's help."""
-    return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
+    source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))  # a child's come last
+    return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", source, re.MULTILINE))
 
 
 RUN_FILES = "config.json", "heads", "log.jsonl", "checkpoint.safetensors"
@@ -176,9 +176,11 @@ def clock(model):
 
 def given_heads(config, model, folder=""):
     """(heads, schedule, span) of a folder, by default --heads, else heads/CKPT, as load_heads()."""
+    from beyond import QuestionHead  # here, as it imports this module
+
     folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
     name = read_json(folder / "heads.json").get("head")
-    return load_heads(folder, model, HEADS.get(str(name), PruneHead))[:3]
+    return load_heads(folder, model, QuestionHead if name == "QuestionHead" else PruneHead)[:3]
 
 
 def given_stages(config, model, methods):

@@ -406,15 +406,16 @@ def load_prompts(config, model, tokenizer):
     return training, held_out
 
 
-def main():
-    config = cli.parse(TrainConfig, __doc__)
+def main(config_class=TrainConfig, doc=__doc__, head_class=sdtp.PruneHead, losses=losses):
+    """Train heads, and measure them; with other flags, heads or losses where they are given."""
+    config = cli.parse(config_class, doc)
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly")
     check_flags(config)
     out, (model, folder) = Path(config.out_dir), cli.load_model(config)
     layers, width = len(model.layers), model.config.hidden_size
     schedule = make_schedule(config, layers)
     torch.manual_seed(config.seed)
-    heads = {layer: sdtp.PruneHead(width) for layer in schedule if schedule[layer]}
+    heads = {layer: head_class(width) for layer in schedule if schedule[layer]}
     sdtp.check_schedule(schedule, heads, layers)
     for head in heads.values():
         torch.nn.init.zeros_(head.fc2.weight)  # states are large: random scores would be saturated
@@ -432,7 +433,7 @@ def main():
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
     run = {**asdict(config), "begun": begun}
     sdtp.write_atomic(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
-    train(model, heads, schedule, examples, config)
+    train(model, heads, schedule, examples, config, losses)
     info = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume")}
     sdtp.save_heads(out / "heads", heads, model, schedule, **info, prompts=len(examples))
     draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
