@@ -5,25 +5,27 @@
     python eval_tasks.py --heads out/heads ...        # every script takes the heads
 
 A causal model's state of a token cannot depend on what is asked after it. So these heads also get
-how each token matches the prompt's last ones, which hold the question, and where it stands. They
-score once, before layer 0, in spans of 16; from layer 25 on the protected tokens alone are alive.
-They learn by imitation: their scores of spans should rank as the labels, the paper's, do (L_list).
-No model runs for it but the teacher.
+the state of the prompt's end, how much that end attends to the token, and where the token stands.
+They score once, before layer 0, in spans of 16; from layer 25 on the protected tokens alone are
+alive. They learn by imitation: the scores of spans should rank as labels of the middle layer do,
+from which the later layers, which answer, read (L_list). No model runs for it but the teacher.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import cli
+import data
+import saliency
 import train
+from model import attention_weights
 from sdtp import PruneHead, is_protected
 
-LAST = 32  # tokens of a prompt that may be the question
-MATCHES, RANK = 8, 16  # products of a token with each of them, and their width
+LAST = 32  # tokens of a prompt's end, which may be the question
+SPANS = 8  # tokens whose labels are one in L_list
 POWER = 0.5  # of the labels in L_list: at 1 the few largest are all that counts, at 0 nothing does
+LENGTHS = 256, 512, 1024  # tokens of windows and of made prompts
 
 
 @dataclass
@@ -31,37 +33,41 @@ class BeyondConfig(train.TrainConfig):
     data: str = "dolly,pydoc,made"  # as train.py's
     shares: str = "0:0.785,25:0"  # LAYER:SHARE with commas; 0: the protected tokens alone
     span: int = 16  # neighbouring tokens that are kept or dropped together
+    epochs: int = 4  # passes over the training prompts
 
     def __post_init__(self):
         if (self.lm_weight, self.mse_weight, self.rank_weight, self.distill) != (1, 1, 1, False):
-            raise ValueError(
-                "--lm_weight, --mse_weight, --rank_weight, --distill: not in beyond.py"
-            )
+            flags = "--lm_weight, --mse_weight, --rank_weight, --distill"
+            raise ValueError(f"{flags}: beyond.py has one loss")
 
 
 class QuestionHead(PruneHead):
-    """Paper eq. 1 on a token's normed state, its matches with the last tokens, and its place."""
+    """Paper eq. 1 on a token's normed state, the end's mean one, its attention, and the place."""
 
     def __init__(self, hidden_size):
-        super().__init__(hidden_size + 2 * MATCHES + 4)
-        self.q_proj = nn.Linear(hidden_size, MATCHES * RANK, bias=False)
-        self.k_proj = nn.Linear(hidden_size, MATCHES * RANK, bias=False)
+        super().__init__(2 * hidden_size + 6 + 4, divisor=8)
 
     def logits(self, x, positions=None, seqlens=None, block=None):
-        """As PruneHead.logits; all prompts' last tokens are among the rows."""
-        x, parts = block.input_layernorm(x), []
+        """As PruneHead.logits; the last LAST tokens of every prompt are among the rows."""
+        parts = []
         for rows, p in zip(x.split(seqlens), positions.split(seqlens)):
-            parts.append(torch.cat((rows, self.matches(rows), place(p).to(x.dtype)), -1))
+            rows = block.input_layernorm(rows)
+            end = rows[-LAST:].mean(0).expand_as(rows)
+            more = torch.cat((attention_from_end(rows, p, block), place(p)), -1)
+            parts.append(torch.cat((rows, end, more.to(x.dtype)), -1))
         return super().logits(torch.cat(parts))
 
-    def matches(self, x):
-        """x: (T, hidden_size) of one prompt -> (T, 2 * MATCHES): of each token's products with the
-        last tokens the largest, and the logarithm of the mean of their exponentials."""
-        q = F.linear(x[-LAST:], self.q_proj.weight.to(x.dtype)).unflatten(-1, (MATCHES, RANK))
-        k = F.linear(x, self.k_proj.weight.to(x.dtype)).unflatten(-1, (MATCHES, RANK))
-        products = torch.einsum("tmr,lmr->tml", k, q) * RANK**-0.5
-        largest, summed = products.amax(-1), products.logsumexp(-1)
-        return torch.cat((largest, summed - products.new_tensor(products.shape[-1]).log()), -1)
+
+def attention_from_end(x, positions, block):
+    """x: (T, hidden_size) of one prompt, normed -> (T, 6): logarithms of the attention that each
+    token gets from the last 1, 8 and LAST, over an even share; mean and largest of the heads."""
+    attention, parts = block.self_attn, []
+    q, (k, _) = attention.q(x[-LAST:], positions[-LAST:]), attention.kv(x, positions)
+    weights = attention_weights(q, k, positions[-LAST:], positions, attention.extras)
+    for last in (1, 8, LAST):
+        mean = weights[:, -last:].float().mean(1)  # (Hq, T)
+        parts += [mean.mean(0), mean.amax(0)]
+    return (torch.stack(parts, -1) * len(x)).clamp(min=1e-6).log() / 4
 
 
 def place(positions):
@@ -70,6 +76,13 @@ def place(positions):
     p, n = positions.float(), positions[-1] + 1.0
     logs = torch.stack((p + 1, n - p, n.expand(len(p)))).log() / 8
     return torch.cat((p[None] / n, logs)).T
+
+
+def label(model, example, layers, config, folder):
+    """As saliency.stored_label(), of the middle layer's input, for every stage."""
+    middle = len(model.layers) // 2
+    labels = saliency.stored_label(model, example, [middle], config, folder)
+    return dict.fromkeys(layers, labels[middle])
 
 
 def list_loss(score, labels, spans):
@@ -94,14 +107,21 @@ def losses(model, heads, schedule, example, labels, config, generator):
     for layer, block in enumerate(model.layers[: last + 1]):
         if layer in heads:
             score = heads[layer](x, positions, [n], block)[free]
-            loss = loss + list_loss(score, labels[layer][free], positions[free] // config.span)
+            loss = loss + list_loss(score, labels[layer][free], positions[free] // SPANS)
         if layer < last:
             x = block(x, positions, [n])
     return loss, {"list": loss}
 
 
+def load(source, tokenizer, **settings):
+    """As data.load(), with windows and made prompts of all LENGTHS; no prompt comes twice."""
+    parts = [data.load(source, tokenizer, prompt_len=n, **settings) for n in LENGTHS]
+    return [[*{tuple(e.prompt): e for e in data.in_turn(*lists)}.values()] for lists in zip(*parts)]
+
+
 def main():
-    train.main(BeyondConfig, __doc__, QuestionHead, losses)
+    config = cli.parse(BeyondConfig, __doc__)
+    train.main(config, QuestionHead, losses, label, load)
 
 
 if __name__ == "__main__":

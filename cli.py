@@ -82,9 +82,6 @@ def comments(config_class):
     return dict(re.findall(r"^ +(\w+):.*?  # (.*)$", source, re.MULTILINE))
 
 
-RUN_FILES = "config.json", "heads", "log.jsonl", "checkpoint.safetensors"
-
-
 def resume_flags(config):
     """Refuse an --out_dir in use or, with --resume, fill in the flags of the run that is there.
 
@@ -94,7 +91,7 @@ def resume_flags(config):
     if (out / "eval.json").is_file():
         raise ValueError(f"{out} holds a finished run: give another --out_dir")
     if not config.resume:
-        for name in RUN_FILES:
+        for name in ("config.json", "heads", "log.jsonl", "checkpoint.safetensors"):
             if (out / name).exists():
                 raise ValueError(f"{out} holds a run ({name}): --resume, or another --out_dir")
         return

@@ -157,7 +157,6 @@ def masked_attend(q, k, v, positions, k_positions, seqlens, k_seqlens, extras, a
 def gumbel_mask(score, alive, share, span, generator):
     """Eq. 2 at one stage: which tokens of a prompt are alive from here on, (n,), 1 or 0 in value.
 
-    A top-k of noisy scores, with the gradient of a sigmoid.
     score: (n,) keep logit - drop logit, unused at a share of 0; alive: (n,) the mask so far.
     The mask keeps what sdtp.select() would keep at inference, of scores with Gumbel noise: as many
     as the schedule says, as nothing in eq. 8 fixes that number. Its gradient is that of a sigmoid
@@ -208,8 +207,7 @@ def noisy(score, candidates, free, span, generator):
 def rank_loss(score, labels, generator=None):
     """Eq. 6: the sum over pairs i < j of log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
 
-    score, labels: (n,) pi and s of one prompt. The sum is as printed; a trial with means gained
-    nothing clear (results/LOG.md). Of more than MAX_PAIRS pairs that many are drawn: unbiased.
+    score, labels: (n,) of one prompt. Of more than MAX_PAIRS pairs so many are drawn: unbiased.
     """
     n = len(score)
     if n * (n - 1) // 2 <= MAX_PAIRS:
@@ -259,10 +257,10 @@ def losses(model, heads, schedule, example, labels, config, generator):
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(model, heads, schedule, examples, config, losses=losses):
+def train(model, heads, schedule, examples, config, losses=losses, label=saliency.stored_label):
     """Train the heads in place on Examples; OUT_DIR/log.jsonl has a line per step.
 
-    losses: as losses(), for another method. The random streams depend on the seed, the step and the
+    losses, label: another method's. The random streams depend on the seed, the step and the
     prompt's place in it alone: a run that is killed and resumed ends like an unbroken one.
     """
     parameters = {f"{layer}.{k}": p for layer, h in heads.items() for k, p in h.named_parameters()}
@@ -279,7 +277,7 @@ def train(model, heads, schedule, examples, config, losses=losses):
         record = {}
         for place, i in parallel.mine(list(enumerate(groups[step]))):
             seed = ((config.seed * 1_000_003 + step) * 10_007 + place) % 2**63
-            labels = saliency.stored_label(model, examples[i], heads, config, out / "labels")
+            labels = label(model, examples[i], heads, config, out / "labels")
             draws = torch.Generator().manual_seed(seed)
             loss, terms = losses(model, heads, schedule, examples[i], labels, config, draws)
             (loss / config.accumulate).backward()  # each prompt weighs the same
@@ -336,14 +334,14 @@ def restore(out, parameters, optimizer):
 
 
 @torch.no_grad()
-def draw_predictions(model, heads, examples, config, path):
+def draw_predictions(model, heads, examples, config, path, label=saliency.stored_label):
     """Scores against the teacher's labels at each stage, as ranks within held-out prompts."""
     import matplotlib.pyplot as plt
 
     ranks, count = {layer: [] for layer in heads}, len(heads)
     for example in examples:
         n, ids = len(example.prompt), torch.tensor(example.prompt, device=model.device)
-        labels = saliency.stored_label(model, example, heads, config, path.parent / "labels")
+        labels = label(model, example, heads, config, path.parent / "labels")
         states, _ = saliency.dense_states(model, ids, heads)
         positions = model.positions([n])
         for layer, x in states.items():
@@ -396,9 +394,9 @@ def make_schedule(config, num_hidden_layers):
     return dict(sorted(schedule.items()))
 
 
-def load_prompts(config, model, tokenizer):
+def load_prompts(config, model, tokenizer, load=data.load):
     """(training, held-out) Examples; ValueError where none is, or one is too long for the model."""
-    training, held_out = data.load(config.data, tokenizer, max_prompt=config.max_prompt)
+    training, held_out = load(config.data, tokenizer, max_prompt=config.max_prompt)
     training, held_out = training[: config.max_prompts or None], held_out[: config.eval_prompts]
     if not training or not held_out:
         raise ValueError(f"--data {config.data}: no prompts to train on, or none held out")
@@ -406,21 +404,23 @@ def load_prompts(config, model, tokenizer):
     return training, held_out
 
 
-def main(config_class=TrainConfig, doc=__doc__, head_class=sdtp.PruneHead, losses=losses):
-    """Train heads, and measure them; with other flags, heads or losses where they are given."""
-    config = cli.parse(config_class, doc)
+def main(
+    config=None, Head=sdtp.PruneHead, losses=losses, label=saliency.stored_label, load=data.load
+):
+    """The command; for another method, with its own flags, class of heads, and functions."""
+    config = config or cli.parse(TrainConfig, __doc__)
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly")
     check_flags(config)
     out, (model, folder) = Path(config.out_dir), cli.load_model(config)
     layers, width = len(model.layers), model.config.hidden_size
     schedule = make_schedule(config, layers)
     torch.manual_seed(config.seed)
-    heads = {layer: head_class(width) for layer in schedule if schedule[layer]}
+    heads = {layer: Head(width) for layer in schedule if schedule[layer]}
     sdtp.check_schedule(schedule, heads, layers)
     for head in heads.values():
         torch.nn.init.zeros_(head.fc2.weight)  # states are large: random scores would be saturated
         head.to(model.device)
-    examples, held_out = load_prompts(config, model, Tokenizer(folder))
+    examples, held_out = load_prompts(config, model, Tokenizer(folder), load)
     n = int(statistics.median(len(e.prompt) for e in examples))
     mean_alive = statistics.mean(alive_per_layer(schedule, n, layers)) / n
     cost = schedule_flops(model.config, schedule, n) / schedule_flops(model.config, {}, n)
@@ -433,11 +433,10 @@ def main(config_class=TrainConfig, doc=__doc__, head_class=sdtp.PruneHead, losse
         raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
     run = {**asdict(config), "begun": begun}
     sdtp.write_atomic(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
-    train(model, heads, schedule, examples, config, losses)
+    train(model, heads, schedule, examples, config, losses, label)
     info = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume")}
     sdtp.save_heads(out / "heads", heads, model, schedule, **info, prompts=len(examples))
-    draw_predictions(model, heads, held_out[:8], config, out / "predictions.png")
-    print(f"{out}: heads, predictions.png; now {len(held_out)} held-out prompts", flush=True)
+    draw_predictions(model, heads, held_out[:8], config, out / "predictions.png", label)
     methods = ["dense", "sdtp", "random", "most_recent", "teacher"]
     stages = {"": (heads, schedule, config.span)}
     how = dict(seed=config.seed, teacher=(config.teacher, config.over))
