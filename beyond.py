@@ -11,6 +11,8 @@ alive. They learn by imitation: the scores of spans should rank as labels of the
 from which the later layers, which answer, read (L_list). No model runs for it but the teacher.
 """
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ import data
 import saliency
 import train
 from model import attention_weights
+from parallel import over_heads
 from sdtp import PruneHead, is_protected
 
 LAST = 32  # tokens of a prompt's end, which may be the question
@@ -45,28 +48,31 @@ class QuestionHead(PruneHead):
     """Paper eq. 1 on a token's normed state, the end's mean one, its attention, and the place."""
 
     def __init__(self, hidden_size):
-        super().__init__(2 * hidden_size + 6 + 4, divisor=8)
+        super().__init__(2 * hidden_size + 3 + 4, divisor=8)
 
     def logits(self, x, positions=None, seqlens=None, block=None):
         """As PruneHead.logits; the last LAST tokens of every prompt are among the rows."""
         parts = []
         for rows, p in zip(x.split(seqlens), positions.split(seqlens)):
             rows = block.input_layernorm(rows)
-            end = rows[-LAST:].mean(0).expand_as(rows)
             more = torch.cat((attention_from_end(rows, p, block), place(p)), -1)
-            parts.append(torch.cat((rows, end, more.to(x.dtype)), -1))
+            parts.append(torch.cat((rows, end_state(rows), more.to(x.dtype)), -1))
         return super().logits(torch.cat(parts))
 
 
+def end_state(x):
+    """x: (T, hidden_size) of one prompt -> (T, hidden_size): the mean of the last LAST, T times."""
+    return x[-LAST:].mean(0).expand_as(x)
+
+
 def attention_from_end(x, positions, block):
-    """x: (T, hidden_size) of one prompt, normed -> (T, 6): logarithms of the attention that each
-    token gets from the last 1, 8 and LAST, over an even share; mean and largest of the heads."""
-    attention, parts = block.self_attn, []
+    """x: (T, hidden_size) of one prompt, normed -> (T, 3): logarithms of the mean attention that
+    each token gets from the last 1, 8 and LAST, over an even share, as the heads' mean."""
+    attention = block.self_attn
     q, (k, _) = attention.q(x[-LAST:], positions[-LAST:]), attention.kv(x, positions)
     weights = attention_weights(q, k, positions[-LAST:], positions, attention.extras)
-    for last in (1, 8, LAST):
-        mean = weights[:, -last:].float().mean(1)  # (Hq, T)
-        parts += [mean.mean(0), mean.amax(0)]
+    rows = over_heads(weights.float().mean(0))  # (LAST, T)
+    parts = [rows[-last:].mean(0) for last in (1, 8, LAST)]
     return (torch.stack(parts, -1) * len(x)).clamp(min=1e-6).log() / 4
 
 
@@ -115,7 +121,10 @@ def losses(model, heads, schedule, example, labels, config, generator):
 
 def load(source, tokenizer, **settings):
     """As data.load(), with windows and made prompts of all LENGTHS; no prompt comes twice."""
-    parts = [data.load(source, tokenizer, prompt_len=n, **settings) for n in LENGTHS]
+    parts = []
+    for n in LENGTHS:  # what is said of the rows, which are the same, once is enough
+        with redirect_stdout(sys.stdout if n == LENGTHS[0] else None):
+            parts.append(data.load(source, tokenizer, prompt_len=n, **settings))
     return [[*{tuple(e.prompt): e for e in data.in_turn(*lists)}.values()] for lists in zip(*parts)]
 
 

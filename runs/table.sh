@@ -12,7 +12,7 @@ table() {
   evaluate() { ${RUN:-python} eval_tasks.py "${@:2}" --rows "out/table/$kind.jsonl" --json "out/table/$kind-$1.json"; }
   kind=$1
   evaluate paper "${@:2}" --keep 0.9 --methods $scorers,$peers --heads $heads
-  evaluate spans "${@:2}" --keep 0.9 --methods $scorers --heads $heads-spans
+  for ours in spans beyond; do evaluate $ours "${@:2}" --keep 0.9 --methods $scorers --heads $heads-$ours; done
   evaluate 0.8 "${@:2}" --keep 0.8 --methods sdtp,earliest,most_recent --heads $heads,$heads-spans
 }
 table dolly --data "$rows" --limit 128

@@ -189,15 +189,6 @@ KINDS = ["full", "window", "sinks", "window and sinks"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_prompts(kind):
-    """Prompts of different lengths in one call get each their own logits."""
-    m, lens = build(kind), [1, 17, 40, 2]
-    prompts = [tiny.ids(n, seed) for seed, n in enumerate(lens)]
-    packed = m(torch.cat(prompts), seqlens=lens).split(lens)
-    assert all((a - m(p)).abs().max() < 1e-10 for a, p in zip(packed, prompts))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("extra", [0, 3, 50])
 def test_cache_equals_recomputation(kind, extra):
     """Decoding and adding several rows over ragged caches equals whole sequences with gaps."""

@@ -73,11 +73,3 @@ def test_refused_config(name):
         cls.from_dict({**raw, name: True})
     with pytest.raises(ValueError, match="hidden_size: a positive whole number"):
         cls.from_dict({**raw, "hidden_size": None})
-
-
-def test_keys_carry_their_position():
-    """Keys of some tokens alone are the same keys: scorers see them after others were dropped."""
-    m, at = tiny.build(**tiny.BLOOM), torch.tensor([0, 3, 4, 9])
-    attention, x, positions = m.layers[0].self_attn, m.embed(tiny.ids(10)), torch.arange(10)
-    for some, whole in zip(attention.kv(x[at], at), attention.kv(x, positions)):
-        assert torch.equal(some, whole[at])

@@ -138,11 +138,3 @@ def test_scores_of_each_prompt():
     assert given.tolist() == [1.0, 2.0, 7.0] and given.dtype == torch.float32
     assert scorers.most_recent(*rows).tolist() == [1, 3, 0]
     assert scorers.earliest(*rows).tolist() == [-1, -3, 0]
-
-
-def test_refused():
-    config = tiny.build(num_hidden_layers=8).config
-    with pytest.raises(ValueError, match="unknown method 'magic' .known: dense, sdtp"):
-        scorers.method("magic", {})
-    with pytest.raises(ValueError, match="layers .4. cannot cost"):  # half of it comes before
-        scorers.stages("fastkv", config, {0: 0.2}, 1, 60)

@@ -393,17 +393,6 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
         run(world, "killed", monkeypatch, "--resume")
 
 
-def test_a_run_stopped_before_its_first_checkpoint(world, monkeypatch):
-    """It begins anew and ends in the same heads; each prompt is labelled once."""
-    labels = spy(monkeypatch, saliency, "label")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "learning_rate", die_at(2, sys.exit))
-        run(world, "again", patch)
-    run(world, "again", monkeypatch, STAGES + " --resume")
-    assert same_run(world / "again", world / "unbroken")
-    assert sum(isinstance(args[3], dict) for args, _ in labels) == 14 + 2  # the table's are its own
-
-
 def test_other_schedules(world, monkeypatch, capsys):
     """Spans and a share of 0 are trained and saved; what a schedule costs is printed."""
     more = "--epochs 1 --max_prompts 2 --teacher grad_norm"
