@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # What each part of beyond.py gives, on 1,000 prompts: bash runs/beyond.sh DOLLY.jsonl TEXT.txt BOOK.txt
-# Two processes: RUN="torchrun --standalone --nproc_per_node 2 --no-python python" bash runs/beyond.sh ...
 set -euo pipefail
 rows=$(realpath "$1") text=$(realpath "$2") book=$(realpath "$3") folders= && cd "$(dirname "$0")/.."
 train() { # NAME CHANGE SOURCES: train heads with a change to beyond.py
   out=out/beyond/$1 folders+=out/beyond/$1/heads,
+  [ ! -f "$out/eval.json" ] || return 0
   mkdir -p out/beyond/labels "$out" && ln -sfn ../labels "$out/labels"  # the same for all
-  [ -f "$out/eval.json" ] || ${RUN:-python} -c "import cli, torch, saliency, train, beyond; $2; cli.run(beyond.main)" \
-    --data "$rows$3" --max_prompts 1000 --eval_prompts 1 --out_dir "$out"
+  ${RUN:-python} -c "import cli, torch, saliency, train, beyond; $2; cli.run(beyond.main)" --data "$rows$3" --out_dir "$out" --max_prompts 1000
 }
 train all_parts pass ,pydoc,made
 train no_attention "beyond.attention_from_end = lambda x, p, block: torch.zeros(len(x), 3)" ,pydoc,made
