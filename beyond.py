@@ -5,10 +5,10 @@
     python eval_tasks.py --heads out/heads ...        # every script takes the heads
 
 A causal model's state of a token cannot depend on what is asked after it. So these heads also get
-the state of the prompt's end, how much that end attends to the token, and where the token stands.
-They score once, before layer 0, in spans of 16; from layer 25 on the protected tokens alone are
-alive. They learn by imitation: the scores of spans should rank as labels of the middle layer do,
-from which the later layers, which answer, read (L_list). No model runs for it but the teacher.
+the mean state of the prompt's end, how much that end attends to the token, and where the token
+stands. They score once, before layer 0, in spans of 16; from layer 25 on the protected tokens alone
+are alive. They learn by imitation: the scores of spans should rank as labels of the middle layer
+do, from which the later layers, which answer, read (L_list).
 """
 
 import sys
@@ -26,17 +26,17 @@ from parallel import over_heads
 from sdtp import PruneHead, is_protected
 
 LAST = 32  # tokens of a prompt's end, which may be the question
-SPANS = 8  # tokens whose labels are one in L_list
+LABEL_SPAN = 8  # neighbouring tokens that are one in L_list
 POWER = 0.5  # of the labels in L_list: at 1 the few largest are all that counts, at 0 nothing does
 LENGTHS = 256, 512, 1024  # tokens of windows and of made prompts
 
 
 @dataclass
 class BeyondConfig(train.TrainConfig):
-    data: str = "dolly,pydoc,made"  # as train.py's
-    shares: str = "0:0.785,25:0"  # LAYER:SHARE with commas; 0: the protected tokens alone
-    span: int = 16  # neighbouring tokens that are kept or dropped together
-    epochs: int = 4  # passes over the training prompts
+    data: str = "dolly,pydoc,made"
+    shares: str = "0:0.785,25:0"  # LAYER:SHARE with commas, one share above 0; these: of 30 layers
+    span: int = 16
+    epochs: int = 4
 
     def __post_init__(self):
         if (self.lm_weight, self.mse_weight, self.rank_weight, self.distill) != (1, 1, 1, False):
@@ -45,13 +45,13 @@ class BeyondConfig(train.TrainConfig):
 
 
 class QuestionHead(PruneHead):
-    """Paper eq. 1 on a token's normed state, the end's mean one, its attention, and the place."""
+    """Paper eq. 1 on a token's normed state, the end's, the attention from there, and the place."""
 
     def __init__(self, hidden_size):
         super().__init__(2 * hidden_size + 3 + 4, divisor=8)
 
     def logits(self, x, positions=None, seqlens=None, block=None):
-        """As PruneHead.logits; the last LAST tokens of every prompt are among the rows."""
+        """As PruneHead.logits; no token of a prompt has been dropped yet."""
         parts = []
         for rows, p in zip(x.split(seqlens), positions.split(seqlens)):
             rows = block.input_layernorm(rows)
@@ -66,8 +66,11 @@ def end_state(x):
 
 
 def attention_from_end(x, positions, block):
-    """x: (T, hidden_size) of one prompt, normed -> (T, 3): logarithms of the mean attention that
-    each token gets from the last 1, 8 and LAST, over an even share, as the heads' mean."""
+    """x: (T, hidden_size) of one prompt, normed -> (T, 3): log(T a) / 4, where a is the attention
+    of `block` to a token, mean over the heads and over the last 1, 8 and LAST queries.
+
+    Divided by 4, and place() by 8, they are about as large as a normed state.
+    """
     attention = block.self_attn
     q, (k, _) = attention.q(x[-LAST:], positions[-LAST:]), attention.kv(x, positions)
     weights = attention_weights(q, k, positions[-LAST:], positions, attention.extras)
@@ -105,31 +108,34 @@ def list_loss(score, labels, spans):
 
 
 def losses(model, heads, schedule, example, labels, config, generator):
-    """As train.losses: L_list, summed over the stages; the model runs, dense, up to the last."""
-    n, loss, last = len(example.prompt), 0.0, max(heads)
+    """As train.losses: L_list, at the one stage that scores; as far as that the model runs."""
+    [(layer, head)] = heads.items()
     x = model.embed(torch.tensor(example.prompt, device=model.device))
-    positions = model.positions([n])
-    free = ~is_protected(positions, n)
-    for layer, block in enumerate(model.layers[: last + 1]):
-        if layer in heads:
-            score = heads[layer](x, positions, [n], block)[free]
-            loss = loss + list_loss(score, labels[layer][free], positions[free] // SPANS)
-        if layer < last:
-            x = block(x, positions, [n])
+    positions = model.positions([len(x)])
+    for block in model.layers[:layer]:
+        x = block(x, positions, [len(x)])
+    free = ~is_protected(positions, len(x))
+    score = head(x, positions, [len(x)], model.layers[layer])[free]
+    loss = list_loss(score, labels[layer][free], positions[free] // LABEL_SPAN)
     return loss, {"list": loss}
 
 
 def load(source, tokenizer, **settings):
     """As data.load(), with windows and made prompts of all LENGTHS; no prompt comes twice."""
-    parts = []
+    loaded, parts = [], []
     for n in LENGTHS:  # what is said of the rows, which are the same, once is enough
-        with redirect_stdout(sys.stdout if n == LENGTHS[0] else None):
-            parts.append(data.load(source, tokenizer, prompt_len=n, **settings))
-    return [[*{tuple(e.prompt): e for e in data.in_turn(*lists)}.values()] for lists in zip(*parts)]
+        with redirect_stdout(None if loaded else sys.stdout):
+            loaded.append(data.load(source, tokenizer, prompt_len=n, **settings))
+    for lists in zip(*loaded):  # training, then held out
+        each_once = {tuple(example.prompt): example for example in data.in_turn(*lists)}
+        parts.append([*each_once.values()])
+    return parts
 
 
 def main():
     config = cli.parse(BeyondConfig, __doc__)
+    if sum(share > 0 for share in train.make_schedule(config, 99).values()) != 1:
+        raise ValueError(f"--shares {config.shares}: one share above 0, as heads score once here")
     train.main(config, QuestionHead, losses, label, load)
 
 

@@ -173,11 +173,11 @@ def clock(model):
 
 def given_heads(config, model, folder=""):
     """(heads, schedule, span) of a folder, by default --heads, else heads/CKPT, as load_heads()."""
-    from beyond import QuestionHead  # here, as it imports this module
-
     folder = find(folder or config.heads or Path("heads") / Path(config.ckpt).name)
-    name = read_json(folder / "heads.json").get("head")
-    return load_heads(folder, model, QuestionHead if name == "QuestionHead" else PruneHead)[:3]
+    Head = PruneHead
+    if read_json(folder / "heads.json").get("head") == "QuestionHead":
+        from beyond import QuestionHead as Head  # here, as it imports this module
+    return load_heads(folder, model, Head)[:3]
 
 
 def given_stages(config, model, methods):

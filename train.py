@@ -36,6 +36,7 @@ import sdtp
 from download import DEFAULT
 from flops import alive_per_layer, schedule_flops
 from model import visible
+from saliency import stored_label
 from tokenizer import Tokenizer
 
 
@@ -207,7 +208,7 @@ def noisy(score, candidates, free, span, generator):
 def rank_loss(score, labels, generator=None):
     """Eq. 6: the sum over pairs i < j of log(1 + exp(-(pi_i - pi_j) sign(s_i - s_j))).
 
-    score, labels: (n,) of one prompt. Of more than MAX_PAIRS pairs so many are drawn: unbiased.
+    score, labels: (n,) of one prompt. Of more than MAX_PAIRS pairs that many are drawn: unbiased.
     """
     n = len(score)
     if n * (n - 1) // 2 <= MAX_PAIRS:
@@ -257,7 +258,7 @@ def losses(model, heads, schedule, example, labels, config, generator):
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(model, heads, schedule, examples, config, losses=losses, label=saliency.stored_label):
+def train(model, heads, schedule, examples, config, losses=losses, label=stored_label):
     """Train the heads in place on Examples; OUT_DIR/log.jsonl has a line per step.
 
     losses, label: another method's. The random streams depend on the seed, the step and the
@@ -334,7 +335,7 @@ def restore(out, parameters, optimizer):
 
 
 @torch.no_grad()
-def draw_predictions(model, heads, examples, config, path, label=saliency.stored_label):
+def draw_predictions(model, heads, examples, config, path, label=stored_label):
     """Scores against the teacher's labels at each stage, as ranks within held-out prompts."""
     import matplotlib.pyplot as plt
 
@@ -404,9 +405,7 @@ def load_prompts(config, model, tokenizer, load=data.load):
     return training, held_out
 
 
-def main(
-    config=None, Head=sdtp.PruneHead, losses=losses, label=saliency.stored_label, load=data.load
-):
+def main(config=None, Head=sdtp.PruneHead, losses=losses, label=stored_label, load=data.load):
     """The command; for another method, with its own flags, class of heads, and functions."""
     config = config or cli.parse(TrainConfig, __doc__)
     config.data = config.data or ("pydoc,made" if Path(config.ckpt).name == DEFAULT else "dolly")
@@ -428,9 +427,10 @@ def main(
     print(f"{len(examples)} prompts, {len(held_out)} held-out ones; alive from layer {stages}")
     print(f"mean alive {mean_alive:.1%} of {n} tokens, {cost:.1%} of dense's FLOPs", flush=True)
     model.known_fingerprint = sdtp.fingerprint(model)  # computed once
-    begun = hashlib.sha256(json.dumps([*saliency.identity(model), examples]).encode()).hexdigest()
+    begun = json.dumps([*saliency.identity(model), Head.__name__, examples])
+    begun = hashlib.sha256(begun.encode()).hexdigest()
     if config.resume and config.saved.get("begun") != begun:
-        raise ValueError(f"--resume: the weights or the prompts of the run in {out} have changed")
+        raise ValueError(f"--resume: the weights, prompts or script of the run in {out} are others")
     run = {**asdict(config), "begun": begun}
     sdtp.write_atomic(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
     train(model, heads, schedule, examples, config, losses, label)

@@ -89,6 +89,14 @@ def test_interleaved():
     assert interleaved(run, 2) == {"a": [3, 5], "b": [4, 6]} and calls == list("ababab")
 
 
+def test_token_seconds(monkeypatch):
+    """To the first token, for each later one, to the last."""
+    ticks = iter([100, 102, 102.5, 103, 103.5])
+    monkeypatch.setattr(bench, "clock", lambda model: next(ticks))
+    call = lambda count, on_token: [on_token([0]) for _ in range(count)]  # noqa: E731
+    assert bench.token_seconds(None, 4, call) == (2, 0.5, 3.5)
+
+
 def test_speed():
     """Times are medians, spreads ranges; speedups are medians of ratios, not ratios of medians."""
     row = bench.speed([(1, 1, 1), (8, 1, 2), (2, 1, 3)], [(6, 1, 3), (8, 2, 8), (4, 4, 3)])

@@ -1,9 +1,11 @@
-"""beyond.py: the head, its loss, and a run."""
+"""beyond.py: the head and its loss against plain loops, what is trained on, and a run."""
 
 import json
+import math
 import sys
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 import torch.nn.functional as F
@@ -13,56 +15,62 @@ import beyond
 import cli
 import eval_tasks
 import saliency
-import train
+from data import Example
+from sdtp import PruneHead, is_protected
+from tokenizer import Tokenizer
 
 
-def test_head_sees_what_comes_last():
-    """The prompt's end changes the scores before it; packed prompts do not see each other."""
-    model, ids = tiny.build(torch.float32), tiny.ids(50)
+def logits_by_hand(head, x, block):
+    """Of one prompt: its tokens' features, each by a loop, through the paper's head."""
+    n, x = len(x), x.double()
+    weights = torch.tensor(loop_attention(block, x, range(n), 20)).mean(0)  # (T, T)
+    means = torch.stack([weights[-last:].mean(0) for last in (1, 8, 32)], -1)
+    logs = [[math.log(p + 1), math.log(n - p), math.log(n)] for p in range(n)]
+    parts = [(n * means).clamp(min=1e-6).log() / 4, torch.arange(n)[:, None] / n]
+    parts += [torch.tensor(logs) / 8]
+    rows = block.input_layernorm(x)
+    end = sum(rows[-32:]) / min(n, 32)
+    return PruneHead.logits(head, torch.cat((rows, end.expand(n, -1), *parts), -1))
+
+
+def test_head():
+    """Prompts in one call get each their own end, attention, with a window, and place."""
     torch.manual_seed(0)
-    head, block = beyond.QuestionHead(32), model.layers[0]
-
-    def scores(ids, seqlens):
-        return head(model.embed(ids), model.positions(seqlens), seqlens, block)
-
-    packed = scores(ids, [40, 10])
-    alone = torch.cat((scores(ids[:40], [40]), scores(ids[40:], [10])))
-    assert (packed - alone).abs().max() <= 1e-5 and packed.std() > 0.01
-    asked = ids[:40].clone()
-    asked[-1] += 1
-    assert ((scores(asked, [40]) - packed[:40])[:39].abs() > 1e-4).all()
+    model, head = tiny.build(model_type="mistral", sliding_window=20), beyond.QuestionHead(32)
+    x, block = model.embed(tiny.ids(50)), model.layers[1]
+    got = head.logits(x, model.positions([40, 10]), [40, 10], block)
+    wanted = [logits_by_hand(head, part, block) for part in x.split([40, 10])]
+    assert (got - torch.cat(wanted)).abs().max() <= 1e-5 and got.std() > 0.1
 
 
-def test_attention_from_end_equals_loops():
-    model, n = tiny.build(), 40
-    block, x, positions = model.layers[1], torch.randn(n, 32).double(), torch.arange(n)
-    weights = torch.tensor(loop_attention(block, x, range(n), n)).mean(0)  # (T, T)
-    wanted = torch.stack([weights[-last:].mean(0) for last in (1, 8, 32)], -1)
-    found = beyond.attention_from_end(block.input_layernorm(x), positions, block)
-    assert (found - (wanted * n).clamp(min=1e-6).log() / 4).abs().max() <= 1e-4
+def test_losses():
+    """A cross-entropy over eights of free tokens: roots of mean labels, and mean scores."""
+    model, head, ids = tiny.build(), beyond.QuestionHead(32), tiny.ids(45)
+    labels = torch.rand(40).where(~is_protected(torch.arange(40), 40), math.nan)
+    x = saliency.dense_states(model, ids[:40], [2])[0][2]
+    score = head(x, torch.arange(40), [40], model.layers[2])
+    both = torch.stack((score, labels))[:, 4:36].split([4, 8, 8, 8, 4], 1)
+    mean, mark = torch.stack([part.mean(1) for part in both], 1)
+    one = Example(ids[:40].tolist(), ids[40:].tolist())
+    loss, terms = beyond.losses(model, {2: head}, {}, one, {2: labels}, None, None)
+    wanted = F.cross_entropy(mean, mark.sqrt() / mark.sqrt().sum()).item()
+    assert terms == {"list": loss} and loss.item() == pytest.approx(wanted)
 
 
-def test_list_loss():
-    """A cross-entropy of spans' means, targets and scores."""
-    score, labels = torch.randn(7), torch.rand(7)
-    spans = torch.tensor([3, 3, 4, 4, 4, 9, 9])
-    parts = [slice(0, 2), slice(2, 5), slice(5, 7)]
-    wanted = torch.stack([labels[p].mean() for p in parts]).sqrt()
-    means = torch.stack([score[p].mean() for p in parts])
-    expected = F.cross_entropy(means, wanted / wanted.sum()).item()
-    assert beyond.list_loss(score, labels, spans).item() == pytest.approx(expected)
-
-
-def test_labels_are_of_the_middle_layer(tmp_path):
-    model, config = tiny.build(torch.float32), train.TrainConfig()
-    one = beyond.data.Example(tiny.ids(30).tolist(), tiny.ids(5).tolist())
-    found = beyond.label(model, one, [0, 2], config, tmp_path)
-    wanted = saliency.stored_label(model, one, [1], config, tmp_path)[1]
-    assert torch.equal(found[0], wanted) and torch.equal(found[2], wanted) and wanted.std() > 0
+def test_load(tmp_path):
+    """Windows of every length; no prompt twice, nor in both parts."""
+    tokenizer = Tokenizer(tiny.checkpoint(tmp_path / "tiny"))
+    tiny.rows(tmp_path / "rows.jsonl", 60)
+    (tmp_path / "a.txt").write_text("".join(f"{i} words. " for i in range(3000)))
+    parts = beyond.load(f"{tmp_path}/a.txt,{tmp_path}/rows.jsonl", tokenizer)
+    prompts = [tuple(example.prompt) for part in parts for example in part]
+    assert len({*prompts}) == len(prompts) and len(parts[0]) > 3 * len(parts[1]) > 0
+    windows = [len(p) for p in prompts if tokenizer.decode(p[1:]).count("words") > 9]
+    assert {*windows} == {256, 512, 1024} and len(prompts) - len(windows) == 60
 
 
 def test_run(tmp_path, monkeypatch, capsys):
-    """Heads are trained at two layers, and every script finds their class."""
+    """Heads learn labels of the middle layer, and every script finds their class."""
 
     def run(module, flags):
         monkeypatch.setattr(sys, "argv", ["script.py", *flags.split(), "--device", "cpu"])
@@ -71,12 +79,17 @@ def test_run(tmp_path, monkeypatch, capsys):
     tiny.checkpoint(tmp_path / "tiny", max_position_embeddings=700)
     tiny.rows(tmp_path / "rows.jsonl", 60)
     both = f"--ckpt {tmp_path}/tiny --data {tmp_path}/rows.jsonl --dtype float32"
-    flags = f"{both} --out_dir {tmp_path}/out --shares 0:0.8,1:0.6,2:0 --span 4"
+    flags = f"{both} --out_dir {tmp_path}/out --shares 0:0.7,2:0 --span 4"
     run(beyond, f"{flags} --max_prompts 14 --eval_prompts 2 --lr 0.02 --epochs 6")
     log = [json.loads(line)["list"] for line in open(tmp_path / "out/log.jsonl")]
     assert len(log) == 21 and sum(log[-2:]) < sum(log[:2])
+    labels = [safetensors.torch.load_file(path) for path in (tmp_path / "out/labels").iterdir()]
+    assert len(labels) == 14 + 2 and all(found.keys() == {"1"} for found in labels)
     capsys.readouterr()
     run(eval_tasks, f"{both} --heads {tmp_path}/out/heads --limit 2 --methods sdtp")
     assert "sdtp" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--rank_weight"):
-        run(beyond, "--rank_weight 0")
+    for flags in ("--rank_weight 0", "--shares 0:0.7,1:0.5", "--shares="):
+        with pytest.raises(SystemExit, match=flags.rstrip("=").split()[0]):
+            run(beyond, f"{flags} --out_dir {tmp_path}/new")
+    helps = cli.comments(beyond.BeyondConfig)  # train.py's, and its own
+    assert helps["lr"].startswith("highest") and helps["shares"].startswith("LAYER")

@@ -69,12 +69,9 @@ def test_the_end_of_a_text_is_held_out(tokenizer, tmp_path):
 
 
 def test_prompt_text(tmp_path):
-    """One of --prompt and --prompt_file; a file that is not UTF-8 is named."""
+    """Of a file, which is named where it is not UTF-8."""
     (path := tmp_path / "a.txt").write_bytes("né".encode())
     assert data.prompt_text(SimpleNamespace(prompt="", prompt_file=str(path))) == "né"
-    for both in ("", "a"):
-        with pytest.raises(ValueError, match="give --prompt TEXT or --prompt_file FILE"):
-            data.prompt_text(SimpleNamespace(prompt=both, prompt_file=both))
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="a.txt is not UTF-8"):
         data.read_text(path)
@@ -179,13 +176,6 @@ def test_as_many_needles_as_fit():
     assert data.needle_examples("Too short a text.", words, 160, 5, overlap=True) == []
     with pytest.raises(ValueError, match="made prompts of 50 tokens leave no room"):
         data.load("made", words, 50)
-
-
-def test_held_out_needles_are_in_other_words():
-    """No name, and no word but for small ones, is also in what is trained on."""
-    parts = ((data.NEEDLES, data.NAMES), (data.HELD_OUT_NEEDLES, data.HELD_OUT_NAMES))
-    training, held_out = (set(re.findall(r"[a-z]+", str(part).lower())) for part in parts)
-    assert training & held_out <= {*"name value the of is that what with how many does".split()}
 
 
 def test_copies():

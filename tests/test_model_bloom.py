@@ -43,6 +43,9 @@ def test_logits_equal_transformers(heads, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = Transformer.from_pretrained(tmp_path, torch.float32)
     assert torch.equal(again(tiny.ids(300)), m(tiny.ids(300)))
+    attention, x, at = m.layers[0].self_attn, m.embed(tiny.ids(10)), torch.tensor([0, 3, 4, 9])
+    for some, whole in zip(attention.kv(x[at], at), attention.kv(x, torch.arange(10))):
+        assert (some - whole[at]).abs().max() <= 1e-5  # keys carry their position, not their row
 
 
 def test_positions_in_bfloat16():

@@ -107,14 +107,6 @@ def test_must_recompute(monkeypatch):
     assert found == [False, False, True]
 
 
-def test_what_cannot_be_labelled():
-    wrong = [("'magic'", 3, "magic", "all"), ("'prompt'", 3, "grad_norm", "prompt")]
-    wrong += [("no token to predict", 5, "grad_norm", "response")]
-    for error, n, teacher, over in wrong:
-        with pytest.raises(ValueError, match=error):
-            label(tiny.build(), tiny.ids(5), n, [1], teacher, over)
-
-
 @pytest.mark.parametrize("teacher", saliency.TEACHERS)
 def test_stored_label(teacher, tmp_path, monkeypatch):
     """label() over its largest droppable value; computed once; each prompt has its own file."""

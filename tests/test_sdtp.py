@@ -244,13 +244,6 @@ def test_refused_schedules(schedule, heads, named):
         prefill(model, tiny.ids(30), dict.fromkeys(heads, PruneHead(32)), schedule)
 
 
-def test_refused_cache():
-    model, cache = tiny.build(), KVCache(3)
-    prefill(model, tiny.ids(5), cache=cache)
-    with pytest.raises(ValueError, match="empty cache"):
-        prefill(model, tiny.ids(5), cache=cache)
-
-
 @each_model
 @pytest.mark.parametrize("schedule, span", [({}, 1), (STAGES, 1), (STAGES, 16)])
 def test_generate_greedy(fields, schedule, span):
@@ -282,7 +275,10 @@ def test_generate_stops():
     cache = KVCache(3, extra=10)
     assert generate(model, ids[:20], 10, cache=cache, eos_token_ids=[eos]) == cut[:1]
     assert cache.seqlens() == [[20 + len(cut[0]) - 1]] * 3
+    with pytest.raises(ValueError, match="empty cache"):
+        prefill(model, ids[:20], cache=cache)
     assert generate(model, ids, 0, seqlens=lens) == [[], []]
+    assert generate(model, ids, 10, seqlens=lens, temperature=2.0, top_p=1e-6) == free
     first = free[0][0]
     ((new, *more),) = generate(model, ids[:20], 3, eos_token_ids=[first], min_new_tokens=1)
     logits = model(ids[:20])[-1].index_fill(0, torch.tensor(first), -math.inf)

@@ -383,7 +383,7 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
     checkpoint.write_bytes(saved)
     labels, steps = spy(monkeypatch, saliency, "label"), spy(monkeypatch, train, "learning_rate")
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir", str(out)])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="prompts of the run"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="script of the run"):
         patch.setattr(sdtp, "fingerprint", lambda model: "other weights")
         cli.run(train.main)
     cli.run(train.main)  # all other flags are the run's own
@@ -391,6 +391,14 @@ def test_killed_and_resumed_run_equals_unbroken(world, monkeypatch):
     assert sum(isinstance(args[3], dict) for args, _ in labels) == 14 - 10 + 2  # the rest was kept
     with pytest.raises(SystemExit, match="holds a finished run"):
         run(world, "killed", monkeypatch, "--resume")
+
+
+def test_a_run_stopped_before_its_first_checkpoint(world, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "learning_rate", die_at(2, sys.exit))
+        run(world, "again", patch)
+    run(world, "again", monkeypatch, STAGES + " --resume")
+    assert same_run(world / "again", world / "unbroken")
 
 
 def test_other_schedules(world, monkeypatch, capsys):
