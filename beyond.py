@@ -5,10 +5,10 @@
     python eval_tasks.py --heads out/heads ...        # every script takes the heads
 
 A causal model's state of a token cannot depend on what is asked after it. So these heads also get
-the mean state of the prompt's end, how much that end attends to the token, and where the token
-stands. They score once, before layer 0, in spans of 16; from layer 25 on the protected tokens alone
-are alive. They learn by imitation: the scores of spans should rank as labels of the middle layer
-do, from which the later layers, which answer, read (L_list).
+how much the prompt's end attends to the token, and where it stands. They score once, before layer
+0, in spans of 16; from layer 25 on the protected tokens alone are alive. They learn by imitation:
+the scores of spans should rank as labels of the middle layer do, from which the later layers, which
+answer, read (L_list).
 """
 
 import sys
@@ -45,10 +45,10 @@ class BeyondConfig(train.TrainConfig):
 
 
 class QuestionHead(PruneHead):
-    """Paper eq. 1 on a token's normed state, the end's, the attention from there, and the place."""
+    """Paper eq. 1 on a token's normed state, the attention from the prompt's end, and the place."""
 
     def __init__(self, hidden_size):
-        super().__init__(2 * hidden_size + 3 + 4, divisor=8)
+        super().__init__(hidden_size + 3 + 4)
 
     def logits(self, x, positions=None, seqlens=None, block=None):
         """As PruneHead.logits; no token of a prompt has been dropped yet."""
@@ -56,13 +56,8 @@ class QuestionHead(PruneHead):
         for rows, p in zip(x.split(seqlens), positions.split(seqlens)):
             rows = block.input_layernorm(rows)
             more = torch.cat((attention_from_end(rows, p, block), place(p)), -1)
-            parts.append(torch.cat((rows, end_state(rows), more.to(x.dtype)), -1))
+            parts.append(torch.cat((rows, more.to(x.dtype)), -1))
         return super().logits(torch.cat(parts))
-
-
-def end_state(x):
-    """x: (T, hidden_size) of one prompt -> (T, hidden_size): the mean of the last LAST, T times."""
-    return x[-LAST:].mean(0).expand_as(x)
 
 
 def attention_from_end(x, positions, block):
