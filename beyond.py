@@ -6,9 +6,10 @@
 
 A causal model's state of a token cannot depend on what is asked after it. So these heads also get
 how much the prompt's end attends to the token, and where it stands. They score once, before layer
-0, in spans of 16; from layer 25 on the protected tokens alone are alive. They learn by imitation:
-the scores of spans should rank as labels of the middle layer do, from which the later layers, which
-answer, read (L_list).
+0, in spans of 16; from layer 25 of 30 on the protected tokens alone are alive. They learn to
+imitate labels (L_list): not those of layer 0, where an early token counts for all that is read of
+it later, but those of the middle layer, whose states the later layers read when they answer. (The
+`teacher` of the final table has labels of layer 0.)
 """
 
 import sys
@@ -33,15 +34,15 @@ LENGTHS = 256, 512, 1024  # tokens of windows and of made prompts
 
 @dataclass
 class BeyondConfig(train.TrainConfig):
-    data: str = "dolly,pydoc,made"
-    shares: str = "0:0.785,25:0"  # LAYER:SHARE with commas, one share above 0; these: of 30 layers
+    data: str = "dolly,pydoc,made"  # of pydoc,made,dolly,FILE.jsonl,FILE.txt
+    shares: str = "0:0.785,25:0"  # LAYER:SHARE with commas, one share above 0; 25: of 30 layers
     span: int = 16
     epochs: int = 4
 
     def __post_init__(self):
         if (self.lm_weight, self.mse_weight, self.rank_weight, self.distill) != (1, 1, 1, False):
             flags = "--lm_weight, --mse_weight, --rank_weight, --distill"
-            raise ValueError(f"{flags}: beyond.py has one loss")
+            raise ValueError(f"{flags} have no effect: beyond.py has a loss of its own")
 
 
 class QuestionHead(PruneHead):
@@ -64,7 +65,7 @@ def attention_from_end(x, positions, block):
     """x: (T, hidden_size) of one prompt, normed -> (T, 3): log(T a) / 4, where a is the attention
     of `block` to a token, mean over the heads and over the last 1, 8 and LAST queries.
 
-    Divided by 4, and place() by 8, they are about as large as a normed state.
+    The divisors here and in place() bring them near 1, as the numbers of a normed state are.
     """
     attention = block.self_attn
     q, (k, _) = attention.q(x[-LAST:], positions[-LAST:]), attention.kv(x, positions)
@@ -83,7 +84,7 @@ def place(positions):
 
 
 def label(model, example, layers, config, folder):
-    """As saliency.stored_label(), of the middle layer's input, for every stage."""
+    """saliency.stored_label() of the middle layer's input, as the labels of the stage."""
     middle = len(model.layers) // 2
     labels = saliency.stored_label(model, example, [middle], config, folder)
     return dict.fromkeys(layers, labels[middle])
@@ -103,7 +104,7 @@ def list_loss(score, labels, spans):
 
 
 def losses(model, heads, schedule, example, labels, config, generator):
-    """As train.losses: L_list, at the one stage that scores; as far as that the model runs."""
+    """As train.losses: L_list, at the one stage that scores. The model runs only up to it."""
     [(layer, head)] = heads.items()
     x = model.embed(torch.tensor(example.prompt, device=model.device))
     positions = model.positions([len(x)])
@@ -115,12 +116,12 @@ def losses(model, heads, schedule, example, labels, config, generator):
     return loss, {"list": loss}
 
 
-def load(source, tokenizer, **settings):
-    """As data.load(), with windows and made prompts of all LENGTHS; no prompt comes twice."""
+def load(source, tokenizer, max_prompt):
+    """As data.load(), windows and made prompts of LENGTHS up to max_prompt; none comes twice."""
     loaded, parts = [], []
-    for n in LENGTHS:  # what is said of the rows, which are the same, once is enough
-        with redirect_stdout(None if loaded else sys.stdout):
-            loaded.append(data.load(source, tokenizer, prompt_len=n, **settings))
+    for n in [n for n in LENGTHS if n <= max_prompt] or LENGTHS[:1]:
+        with redirect_stdout(None if loaded else sys.stdout):  # the rows are the same: said once
+            loaded.append(data.load(source, tokenizer, prompt_len=n, max_prompt=max_prompt))
     for lists in zip(*loaded):  # training, then held out
         each_once = {tuple(example.prompt): example for example in data.in_turn(*lists)}
         parts.append([*each_once.values()])
@@ -130,7 +131,7 @@ def load(source, tokenizer, **settings):
 def main():
     config = cli.parse(BeyondConfig, __doc__)
     if sum(share > 0 for share in train.make_schedule(config, 99).values()) != 1:
-        raise ValueError(f"--shares {config.shares}: one share above 0, as heads score once here")
+        raise ValueError(f"--shares {config.shares}: one share above 0, as these heads score once")
     train.main(config, QuestionHead, losses, label, load)
 
 

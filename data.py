@@ -67,7 +67,7 @@ def read_source(name):
     elif name.endswith(".txt"):
         text = read_text(name)
     else:
-        raise ValueError(f"--data {name}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt")
+        raise ValueError(f"--data {name!r}: choose pydoc, made, dolly, FILE.jsonl or FILE.txt")
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
 

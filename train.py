@@ -380,18 +380,18 @@ def check_flags(config):
                 raise ValueError(f"--{name} has no effect with {reason}")
 
 
-def make_schedule(config, num_hidden_layers):
+def make_schedule(config, layers):
     """The paper's schedule by the flags, or that of --shares; ValueError for a malformed one."""
     if not config.shares:
         stages = config.first_layer, config.step, config.stages
-        return sdtp.paper_schedule(num_hidden_layers, config.ratio, *stages)
+        return sdtp.paper_schedule(layers, config.ratio, *stages)
     try:
         pairs = [part.split(":") for part in config.shares.split(",")]
         schedule = {int(layer): float(share) for layer, share in pairs}
     except ValueError:
         raise ValueError(f"--shares {config.shares}: LAYER:SHARE with commas is needed") from None
-    if len(schedule) < len(pairs) or not any(schedule.values()):
-        raise ValueError(f"--shares {config.shares}: each layer once, and one share above 0")
+    if len(schedule) < len(pairs) or not any(schedule.values()) or max(schedule) >= layers:
+        raise ValueError(f"--shares {config.shares}: layers 0 to {layers - 1} once, a share > 0")
     return dict(sorted(schedule.items()))
 
 

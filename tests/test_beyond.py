@@ -57,15 +57,15 @@ def test_losses():
 
 
 def test_load(tmp_path):
-    """Windows of every length; no prompt twice, nor in both parts."""
+    """Windows of all lengths up to --max_prompt; no prompt twice, nor in both parts."""
     tokenizer = Tokenizer(tiny.checkpoint(tmp_path / "tiny"))
     tiny.rows(tmp_path / "rows.jsonl", 60)
     (tmp_path / "a.txt").write_text("".join(f"{i} words. " for i in range(3000)))
-    parts = beyond.load(f"{tmp_path}/a.txt,{tmp_path}/rows.jsonl", tokenizer)
+    parts = beyond.load(f"{tmp_path}/a.txt,{tmp_path}/rows.jsonl", tokenizer, 512)
     prompts = [tuple(example.prompt) for part in parts for example in part]
     assert len({*prompts}) == len(prompts) and len(parts[0]) > 3 * len(parts[1]) > 0
     windows = [len(p) for p in prompts if tokenizer.decode(p[1:]).count("words") > 9]
-    assert {*windows} == {256, 512, 1024} and len(prompts) - len(windows) == 60
+    assert {*windows} == {256, 512} and len(prompts) - len(windows) == 60
 
 
 def test_run(tmp_path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ MISTAKES = {  # a script with the flags that it needs, more flags: what the line
     },
     "train.py --ckpt tiny --data text.txt": {
         "": "no prompts to train on",
-        "--shares 5:0.5": "layer 5",
+        "--shares 5:0.5": "layers 0 to 4 once",
         "--teacher attention_entropy --over all": "--over has no effect with --teacher",
         "--lm_weight 0 --mse_weight 0 --rank_weight 0": "are all 0",
         "--shares 1:0.7 --stages 9": "--stages has no effect with --shares",

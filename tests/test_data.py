@@ -224,6 +224,6 @@ def test_sources_in_turn(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("source", ["pydoc,nope", "missing.txt", "missing.jsonl"])
 def test_bad_sources(tokenizer, source):
-    message = f"^({source} does not exist|--data nope: choose pydoc, made,)"
+    message = f"^({source} does not exist|--data 'nope': choose pydoc, made,)"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data.load(source, tokenizer)
