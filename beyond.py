@@ -3,6 +3,7 @@
     python beyond.py                                  # as train.py, with its flags
     python beyond.py --data FILE.jsonl,pydoc,made     # rows of your own, windows and made questions
     python eval_tasks.py --heads out/heads ...        # every script takes the heads
+    load_heads("out/heads", model, QuestionHead)      # in Python: as sdtp.load_heads()
 
 A causal model's state of a token cannot depend on what is asked after it. So these heads also get
 how much the prompt's end attends to the token, and where it stands. They score once, before layer
