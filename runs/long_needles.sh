@@ -9,5 +9,5 @@ find_needles() {
     --rows out/table/long.jsonl --json "out/table/long-$1.json" --methods "$2" --heads "$3"
 }
 find_needles heads sdtp $heads-beyond,$heads,$heads-spans
-find_needles scorers teacher,random,most_recent,earliest,accumulated_attention,last_attention $heads-beyond
+find_needles scorers random,most_recent,earliest,accumulated_attention,last_attention $heads-beyond
 find_needles peers lazyllm,fastkv,gemfilter,self_information $heads
