@@ -10,7 +10,8 @@ how much the prompt's end attends to the token, and where it stands. They score 
 0, in spans of 16; from layer 25 of 30 on the protected tokens alone are alive. They learn to
 imitate labels (L_list): not those of layer 0, where an early token counts for all that is read of
 it later, but those of the middle layer, whose states the later layers read when they answer. (The
-`teacher` of the final table has labels of layer 0.)
+`teacher` of the final table has labels of layer 0.) What was measured owes most to these labels and
+to L_list, and little to the attention (results/README.md).
 """
 
 import sys
