@@ -72,7 +72,7 @@ def attention_from_end(x, positions, block):
     attention = block.self_attn
     q, (k, _) = attention.q(x[-LAST:], positions[-LAST:]), attention.kv(x, positions)
     weights = attention_weights(q, k, positions[-LAST:], positions, attention.extras)
-    rows = over_heads(weights.float().mean(0))  # (LAST, T)
+    rows = over_heads(weights.mean(0))  # (LAST, T)
     parts = [rows[-last:].mean(0) for last in (1, 8, LAST)]
     return (torch.stack(parts, -1) * len(x)).clamp(min=1e-6).log() / 4
 
